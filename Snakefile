@@ -1,0 +1,55 @@
+"""The table of contents: read the config, include the stages, name the targets."""
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+# A config given on the command line stands for itself: merged into the default one it would
+# bring the demo's runs along.
+if not workflow.overwrite_configfiles:
+
+    configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+
+
+# Under `frozen: true` nothing is measured: the rules that could are not even there.
+if not CONFIG.frozen:
+
+    include: "workflow/rules/calibration.smk"
+    include: "workflow/rules/models.smk"
+    include: "workflow/rules/scoring.smk"
+
+
+include: "workflow/rules/recipes.smk"
+include: "workflow/rules/tables.smk"
+include: "workflow/rules/reports.smk"
+
+
+rule all:
+    """Everything: tables, reports and the summary of all runs."""
+    default_target: True
+    input:
+        targets("reports"),
+        targets("tables"),
+
+
+rule reports:
+    """The reports and the summary, and whatever they need."""
+    input:
+        targets("reports"),
+
+
+rule tables:
+    """The tables, and whatever they need."""
+    input:
+        targets("tables"),
+
+
+if not CONFIG.frozen:
+
+    rule scores:
+        """The measurements alone."""
+        input:
+            targets("scores"),

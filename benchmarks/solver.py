@@ -1,0 +1,42 @@
+"""Solve problems of rising size and print seconds, peak memory and proven gap.
+
+Run: ``python benchmarks/solver.py``
+"""
+
+import resource
+import time
+
+import numpy as np
+
+from layersense.recipes.solver import Problem, solve
+
+
+def problem(n_groups: int, n_options: int, seed: int = 0) -> Problem:
+    """Layers of a few sizes; scores over nine decades and more, lower with more bits."""
+    random = np.random.default_rng(seed)
+    weights = random.choice([0.5, 1.0, 2.75, 10.75], size=n_groups) * 2**20
+    bits = np.append(np.sort(random.uniform(3, 15, size=n_options - 1)), 16.0)
+    noise = random.uniform(0.3, 3, size=(n_groups, n_options))
+    damage = 10 ** random.uniform(-6, 3, size=(n_groups, 1)) * 4.0 ** (4 - bits) * noise
+    damage[:, -1] = 0
+    return Problem(np.minimum.accumulate(damage, axis=1), weights[:, None] * bits / 16)
+
+
+def main() -> None:
+    print("| groups | formats | objective | seconds | peak GB | gap |")
+    print("| ---: | ---: | --- | ---: | ---: | ---: |")
+    for n_groups, n_options in ((300, 3), (3_000, 16), (60_000, 16)):
+        instance = problem(n_groups, n_options)
+        for objective in ("sum", "max"):
+            start = time.perf_counter()
+            solution = solve(instance, 0.35 * instance.costs[:, -1].sum(), objective)
+            seconds = time.perf_counter() - start
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            print(
+                f"| {n_groups:,} | {n_options} | {objective} | {seconds:.2f} | {peak:.2f} "
+                f"| {solution.gap:.1e} |"
+            )
+
+
+if __name__ == "__main__":
+    main()

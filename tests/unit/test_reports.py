@@ -1,0 +1,292 @@
+"""The Markdown reports, read as their reader would."""
+
+import re
+from pathlib import Path
+
+import pytest
+import score_files as sf
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from layersense import config
+from layersense.errors import LayersenseError
+from layersense.manifests.schema import encode_manifest
+from layersense.manifests.tables import write_layers, write_runs, write_sensitivity
+from layersense.recipes.decide import build_manifest
+from layersense.reports.markdown import write_report, write_summary
+from layersense.reports.text import bits, code, escape, number, percent, render, size
+from layersense.scoring.scores import Layer
+
+FP8, INT8, INT4 = sf.FORMATS
+REPORT = "layer-sensitivity-report.md.j2"
+
+
+@pytest.fixture
+def templates(repository):
+    return repository / "workflow" / "templates"
+
+
+def prepare(folder, scores=None, run="demo", scheme="mix", **keys):
+    keys = {"quant_formats": [FP8, INT4], "effective_bits": 6, **keys}
+    manifest = build_manifest(scores or sf.make_scores(), run, scheme, config.Scheme(**keys), {})
+    path = folder / run / scheme / "manifest.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(encode_manifest(manifest))
+    write_layers(path, path.with_name("layers.parquet"))
+    return path
+
+
+def report(folder, templates, scores=None, options=None, **keys):
+    manifest = prepare(folder, scores, **keys)
+    out = manifest.with_name("report.md")
+    options = options or config.Report()
+    write_report(manifest, manifest.with_name("layers.parquet"), options, templates / REPORT, out)
+    return out.read_text()
+
+
+def tables(text):
+    """Every table of a Markdown text: under its heading, header and rows as lists of cells."""
+    found, heading, rows = {}, "", None
+    cell = None
+    for token in MarkdownIt("gfm-like", {"linkify": False}).parse(text):
+        if token.type == "inline" and cell == "heading":
+            heading = token.content
+        elif token.type == "inline" and rows is not None:
+            rows[-1].append(token.content)
+        cell = "heading" if token.type == "heading_open" else None
+        if token.type == "table_open":
+            rows = []
+            found.setdefault(heading, []).append(rows)
+        elif token.type == "tr_open" and rows is not None:
+            rows.append([])
+        elif token.type == "table_close":
+            rows = None
+    return found
+
+
+def test_report_answers_what_its_reader_asks(tmp_path, templates):
+    text = report(tmp_path, templates)
+    top = text[: text.index("## Findings")]
+    assert re.search(r"\*\*Quantize all 7 layer groups: \d to `INT4\S+` and \d to `FP8", top)
+    assert "641 kB" in top  # 320,256 weights of two bytes
+    assert "at most 6 asked" in top
+    assert "No other choice within this budget is predicted to do better." in top
+    assert "Nothing that speaks against these numbers" in top
+    for word in ("`./tiny-vlm`", "image_text", "ModelOpt | 0.47.0", "16 of them scored"):
+        assert word in top
+    order = [line for line in text.splitlines() if line.startswith("## ")]
+    assert order == [
+        "## Findings",
+        "## Recipe",
+        "## By subsystem",
+        "## Most damage for each MB saved",
+        "## All layer groups by sensitivity",
+        "## Provenance",
+    ]
+    assert "keep the full handle" in text
+
+
+def test_table_of_all_groups_is_sorted_and_without_none(tmp_path, templates):
+    ((header, *rows),) = tables(report(tmp_path, templates))["All layer groups by sensitivity"]
+    assert header[5:7] == [f"`{INT4}`", f"`{FP8}`"]
+    names = [row[1].split("`")[1] for row in rows]
+    assert names == sorted(sf.DAMAGE, key=lambda name: -sf.DAMAGE[name])
+    assert rows[0][5:7] == ["16.1 ± 0.716", "2.01 ± 0.0896"]
+    assert "quant_recipe" not in "".join(names)
+    assert all(len(row) == len(header) for row in rows)
+
+
+def test_totals_by_subsystem_add_up(tmp_path, templates):
+    ((header, *rows),) = tables(report(tmp_path, templates))["By subsystem"]
+    weights = [int(row[header.index("Weights")].replace(",", "")) for row in rows]
+    assert [row[0] for row in rows] == ["vision", "language", "head"]
+    assert weights == [66304, 122880, 131072]
+    shares = [float(row[header.index("Share of sensitivity")].removesuffix(" %")) for row in rows]
+    assert shares == [14.5, 33.7, 51.8]
+
+
+def test_short_tables_follow_the_option(tmp_path, templates):
+    text = report(tmp_path, templates, options=config.Report(top=3, title="Friday"))
+    ((_, *rows),) = tables(text)["Most damage for each MB saved"]
+    assert len(rows) == 3
+    per_mb = {
+        name: value * 8 / (sf.MODULES[name][1] * (16 - 4.125) / 8e6)
+        for name, value in sf.DAMAGE.items()
+    }
+    expected = sorted(per_mb, key=lambda name: -per_mb[name])[:3]
+    assert [row[0].strip("`") for row in rows] == expected
+    assert text.startswith("# Friday: tiny-vlm, mix\n")
+
+
+def test_zeros_are_explained(tmp_path, templates):
+    scores = sf.make_scores()
+    scores.dataset.modality = "text"
+    sf.set_reached(scores, "model.visual", "not_called")
+    text = report(tmp_path, templates, scores, quant_formats=[FP8], effective_bits=11)
+    assert "text alone, so the vision tower never ran" in text[: text.index("## Recipe")]
+    assert "Read the warnings before you rely on it" in text
+    ((_, *rows),) = tables(text)["All layer groups by sensitivity"]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4", "–", "–", "–"]
+    assert [row[5] for row in rows[4:]] == ["not reached"] * 3
+    assert "3 groups (the calibration data never ran it): `model.visual" in text
+
+
+def test_many_formats_do_not_make_a_wide_table(tmp_path, templates, monkeypatch):
+    names = [f"FORMAT_{index}" for index in range(6)]
+    monkeypatch.setattr(sf, "FORMATS", {name: (4.0 + i, "x", "y") for i, name in enumerate(names)})
+    monkeypatch.setattr(sf, "FACTORS", {name: 8.0 - i for i, name in enumerate(names)})
+    scores = sf.make_scores(formats=names)
+    text = report(tmp_path, templates, scores, quant_formats=names)
+    ((header, *rows),) = tables(text)["All layer groups by sensitivity"]
+    assert len(header) == 9
+    assert rows[0][5].startswith("16.1 ±")
+
+
+HOSTILE = "a|b`c`<script>alert(1)</script>\n# x\x1b[31m‮ [l](javascript:x) *b* \\"
+
+
+def test_hostile_names_are_inert(tmp_path, templates):
+    name = f"model.layers.0.{HOSTILE}"
+    scores = sf.make_scores(
+        {**sf.MODULES, name: ([name], 1024)}, {**sf.DAMAGE, name: 9.0}, formats=(FP8,)
+    )
+    scores.layers["unsearched"] = Layer(module_type="X", n_weights=1, reason=HOSTILE)
+    scores.model.architecture = scores.dataset.source = scores.model.id = HOSTILE
+    scores.formats[FP8].environment["gpu"] = HOSTILE
+    plain = report(tmp_path, templates, run="plain", quant_formats=[FP8], effective_bits=9)
+    text = report(
+        tmp_path,
+        templates,
+        scores,
+        options=config.Report(title=HOSTILE),
+        quant_formats=[FP8],
+        effective_bits=9,
+    )
+    html = MarkdownIt("gfm-like", {"linkify": False}).render(text)
+    assert "<script" not in html
+    assert "<a " not in html
+    assert "\x1b" not in text
+    assert "‮" not in text
+    harmless = MarkdownIt("gfm-like", {"linkify": False}).render(plain)
+    for tag in ("<h1", "<h2", "<table"):
+        assert html.count(tag) == harmless.count(tag)
+    for rows in (rows for section in tables(text).values() for rows in section):
+        assert len({len(row) for row in rows}) == 1
+    ((_, first, *_),) = tables(text)["All layer groups by sensitivity"]
+    assert "alert(1)" in first[1]
+
+
+@given(st.text(max_size=60))
+def test_escaped_text_reads_as_it_was(text):
+    visible = " ".join(escape(text).split())
+    html = MarkdownIt("gfm-like", {"linkify": False, "html": True}).renderInline(visible)
+    assert not re.search(r"<(?!/?(br))", html)
+    back = html.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"')
+    back = back.replace("&amp;", "&")
+    kept = "".join(char if char.isprintable() else " " for char in text)
+    assert "".join(back.split()) == "".join(kept.split())
+
+
+@given(st.text(max_size=60))
+def test_code_stays_in_one_cell(text):
+    page = f"| a | b |\n| --- | --- |\n| {code(text)} | end |\n"
+    (((_, row),),) = tables(page).values()
+    assert row[1:] == ["end"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"), (0, "0"), (1, "1.00"), (16.083, "16.1"), (0.012345, "0.0123"),
+        (12345.6, "12,300"), (0.99999, "1.00"), (1e-7, "1.00e-07"), (2.5e9, "2.50e+09"),
+        (-3.14159, "-3.14"),
+    ],
+)  # fmt: skip
+def test_numbers_have_three_digits(value, text):
+    assert number(value) == text
+
+
+def test_sizes_bits_and_shares():
+    assert [size(value) for value in (6885404672, 1.5e6, 640512, 12)] == [
+        "6.89 GB",
+        "1.50 MB",
+        "641 kB",
+        "12.0 bytes",
+    ]
+    assert [bits(value) for value in (4.125, 8.0, 10.99881, None)] == ["4.125", "8", "10.999", "–"]
+    shares = [percent(value) for value in (0.5, 0.0, 1e-5, None)]
+    assert shares == ["50.0 %", "0.0 %", "< 0.1 %", "–"]
+
+
+def test_equal_inputs_give_equal_reports(tmp_path, templates):
+    one = report(tmp_path / "one", templates)
+    assert one == report(tmp_path / "two", templates)
+
+
+def test_machine_and_time_stand_in_provenance_alone(tmp_path, templates):
+    scores = sf.make_scores()
+    for entry in scores.formats.values():
+        entry.environment["host"] = "elsewhere"
+        entry.seconds = {"load": 99.0}
+        entry.peak_memory_bytes = 7
+    one = report(tmp_path / "one", templates)
+    two = report(tmp_path / "two", templates, scores)
+    cut = one.index("## Provenance")
+    assert one[:cut] == two[:cut]
+    assert one[cut:] != two[cut:]
+
+
+def test_summary_shows_models_and_schemes_side_by_side(tmp_path, templates, shared_data):
+    manifests = [
+        prepare(tmp_path, scheme="a"),
+        prepare(tmp_path, scheme="b", quant_formats=[FP8], effective_bits=9),
+    ]
+    foreign = shared_data / "manifests" / "qwen2_5_vl_3b.fp8_autoquant_all_layers_fp8.json"
+    write_layers(foreign, tmp_path / "foreign.parquet")
+    tables_ = [*(path.with_name("layers.parquet") for path in manifests)]
+    write_sensitivity([*tables_, tmp_path / "foreign.parquet"], tmp_path / "sensitivity.parquet")
+    write_runs([*manifests, foreign], tmp_path / "runs.parquet")
+    write_summary(
+        tmp_path / "runs.parquet",
+        tmp_path / "sensitivity.parquet",
+        config.Report(),
+        templates / "summary.md.j2",
+        tmp_path / "summary.md",
+    )
+    text = (tmp_path / "summary.md").read_text()
+    found = tables(text)
+    figures, where = found["tiny-vlm"]
+    assert [row[1] for row in figures[1:]] == [
+        "[a](demo/a/layer-sensitivity-report.md)",
+        "[b](demo/b/layer-sensitivity-report.md)",
+    ]
+    assert figures[1][figures[0].index("Quantized")] == "7 of 7"
+    assert where[1][2] == "vision 14.5 %, language 33.7 %, head 51.8 %"
+    assert where[1][3].startswith("`lm_head`, `model.language_model.layers.0.mlp.down_proj`")
+    assert "unknown model" in found
+    for links in re.findall(r"\]\((.+?)\)", text):
+        folder = (tmp_path / links).parent
+        assert folder.is_dir() or folder.parent.name == "qwen2_5_vl_3b"
+
+
+def test_a_broken_template_or_table_is_named(tmp_path):
+    template = tmp_path / "x.j2"
+    template.write_text("a\n{{ nothing }}")
+    with pytest.raises(LayersenseError, match=r"x\.j2.*'nothing' is undefined"):
+        render(template, {})
+    template.write_text("a\n{% if %}")
+    with pytest.raises(LayersenseError, match=r"x\.j2, line 2"):
+        render(template, {})
+    with pytest.raises(LayersenseError, match=r"no\.j2: cannot be read"):
+        render(Path(tmp_path / "no.j2"), {})
+    manifest = prepare(tmp_path)
+    manifest.with_name("layers.parquet").write_bytes(b"x")
+    with pytest.raises(LayersenseError, match="cannot be read as a table"):
+        write_report(
+            manifest,
+            manifest.with_name("layers.parquet"),
+            config.Report(),
+            template,
+            tmp_path / "o",
+        )

@@ -1,0 +1,313 @@
+"""The DAG as data: a switch of the config, a dry run, and the jobs that it plans."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from conftest import Outcome, Project, make_project
+
+pytestmark = [pytest.mark.workflow, pytest.mark.slow]
+
+Jobs = dict[str, dict[str, str]]
+"""Job, named ``solve/demo.captions/fp8_language``, → what Snakemake prints of it."""
+
+EXAMPLES = sorted(
+    path.name for path in (Path(__file__).parents[2] / "config" / "examples").glob("*.yaml")
+)
+MEASURING = {"dataset", "model", "score", "scores"}
+
+
+@pytest.fixture(scope="module")
+def project(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A clean clone, for dry runs only."""
+    return make_project(tmp_path_factory.mktemp("dag") / "project", repository)
+
+
+def default_config(project: Project) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load(project.config_file.read_text())
+    return config
+
+
+def planned(output: str) -> Jobs:
+    """Return the jobs that a dry run prints."""
+    jobs: Jobs = {}
+    for block in re.split(r"^(?=\[.*\]\n(?:local)?rule )", output, flags=re.MULTILINE):
+        found = re.match(r"\[.*\]\n(?:local)?rule (\w+):\n", block)
+        if found is None:
+            continue
+        fields = dict(re.findall(r"^    (\w+): (.*)$", block, flags=re.MULTILINE))
+        pairs = [pair.split("=", 1) for pair in fields.get("wildcards", "").split(", ") if pair]
+        name = "/".join([found[1], *(value for _, value in pairs)])
+        assert name not in jobs
+        jobs[name] = fields
+    return jobs
+
+
+def dry_run(project: Project, *arguments: str) -> Outcome:
+    return project.run(*arguments, "--dry-run", "--forceall")
+
+
+def dag(project: Project, *arguments: str) -> Jobs:
+    return planned(dry_run(project, *arguments).output)
+
+
+def dag_of(project: Project, config: dict[str, Any], folder: Path) -> Jobs:
+    """Return the jobs of another config, given on the command line."""
+    file = folder / "other.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return dag(project, "--configfile", str(file))
+
+
+def expected(config: dict[str, Any]) -> set[str]:
+    """Return the jobs of a config by its own text."""
+    jobs = {"all", "summaries", "summary"}
+    for name, run in config["runs"].items():
+        jobs |= {f"dataset/{run['dataset']}", f"model/{run['model']}", f"score/{name}"}
+        for scheme in run["schemes"]:
+            jobs |= {f"{rule}/{name}/{scheme}" for rule in ("solve", "layers", "report")}
+    return jobs
+
+
+def gpus(jobs: Jobs) -> dict[str, int]:
+    """Return how many GPUs each job asks for that asks for any."""
+    found = {
+        name: re.search(r"\bgpu=(\d+)", fields.get("resources", ""))
+        for name, fields in jobs.items()
+    }
+    return {name: int(match[1]) for name, match in found.items() if match and int(match[1])}
+
+
+def test_the_default_config(project: Project) -> None:
+    jobs = dag(project)
+    assert set(jobs) == expected(default_config(project))
+    assert {name for name in jobs if name.startswith("score/")} == {
+        "score/demo.image-text",
+        "score/demo.captions",
+    }
+    assert gpus(jobs) == {}
+
+
+def test_the_snakefile_in_workflow_gives_the_same(project: Project) -> None:
+    assert dag(project, "--snakefile", "workflow/Snakefile") == dag(project)
+
+
+def test_each_run_on_a_gpu_asks_for_one(project: Project, tmp_path: Path) -> None:
+    config = default_config(project)
+    config["runs"]["demo.captions"]["device"] = "cuda"
+    assert gpus(dag_of(project, config, tmp_path)) == {"score/demo.captions": 1}
+    del config["runs"]["demo.image-text"]["device"]
+    jobs = dag_of(project, config, tmp_path)
+    assert gpus(jobs) == {"score/demo.captions": 1, "score/demo.image-text": 1}
+
+
+def remove_scheme(config: dict[str, Any]) -> None:
+    config["runs"]["demo.image-text"]["schemes"].remove("int8_all_layers")
+
+
+def remove_run(config: dict[str, Any]) -> None:
+    del config["runs"]["demo.captions"]
+
+
+def add_entries_that_no_run_names(config: dict[str, Any]) -> None:
+    config["datasets"]["idle"] = {"source": "sample"}
+    config["models"]["idle"] = {"checkpoint": "owner/name", "task": "causal-lm"}
+    config["schemes"]["idle"] = {"quant_formats": ["FP8_ALL_LAYERS_CFG"], "effective_bits": 9.0}
+
+
+def add_dataset(config: dict[str, Any]) -> None:
+    config["datasets"]["second"] = {"source": "sample", "calibration": 96, "seed": 1}
+    config["runs"]["demo.captions"]["dataset"] = "second"
+
+
+@pytest.mark.parametrize(
+    ("change", "gone", "new"),
+    [
+        (
+            remove_scheme,
+            {f"{rule}/demo.image-text/int8_all_layers" for rule in ("solve", "layers", "report")},
+            set(),
+        ),
+        (
+            remove_run,
+            {
+                "score/demo.captions",
+                *(f"{rule}/demo.captions/fp8_language" for rule in ("solve", "layers", "report")),
+            },
+            set(),
+        ),
+        (add_entries_that_no_run_names, set(), set()),
+        (add_dataset, set(), {"dataset/second"}),
+    ],
+)
+def test_entries_of_the_config_are_jobs(
+    project: Project,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], None],
+    gone: set[str],
+    new: set[str],
+) -> None:
+    config = default_config(project)
+    before = expected(config)
+    change(config)
+    jobs = set(dag_of(project, config, tmp_path))
+    assert before - jobs == gone
+    assert jobs - before == new
+
+
+def test_frozen_has_no_rule_that_measures(repository: Path, tmp_path: Path) -> None:
+    project = make_project(tmp_path / "frozen", repository)
+    frozen = ("--config", "frozen=true")
+    listed = re.findall(r"^(\w+) \(", project.run(*frozen, "--list-rules").output, re.MULTILINE)
+    everything = re.findall(r"^(\w+) \(", project.run("--list-rules").output, re.MULTILINE)
+    assert set(everything) - set(listed) == MEASURING
+    config = default_config(project)
+    for run in config["runs"]:
+        file = project.results / run / "scores.json"
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+    jobs = set(dag(project, *frozen))
+    assert jobs == {job for job in expected(config) if job.split("/")[0] not in MEASURING}
+
+
+def test_targets_plan_what_they_need(project: Project) -> None:
+    needed = {
+        "dataset/sample",
+        "model/demo",
+        "score/demo.captions",
+        "solve/demo.captions/fp8_language",
+    }
+    target = "results/demo.captions/fp8_language/layers.parquet"
+    assert set(dag(project, target)) == needed | {"layers/demo.captions/fp8_language"}
+    jobs = expected(default_config(project)) - {"all"}
+    measuring = {job for job in jobs if job.split("/")[0] in MEASURING}
+    assert set(dag(project, "scores")) == measuring | {"scores"}
+    pages = {job for job in jobs if job.split("/")[0] in ("report", "summary")}
+    assert set(dag(project, "tables")) == jobs - pages | {"tables"}
+    assert set(dag(project, "reports")) == jobs | {"reports"}
+
+
+def test_a_target_that_no_rule_makes_is_refused(project: Project) -> None:
+    outcome = project.run("results/nobody/fp8/manifest.json", "--dry-run", check=False)
+    assert outcome.returncode != 0
+    assert "results/nobody/fp8/manifest.json" in outcome.output
+
+
+def provide_files(root: Path) -> None:
+    """Put files where the examples look for them; a dry run does not open them."""
+    sample = root / "workflow/layersense/resources/coco-sample"
+    shutil.copytree(sample, root / "data" / "coco")
+    (root / "data" / "texts.jsonl").write_text(json.dumps({"text": "a line"}) + "\n")
+    (root / "my-checkpoint").mkdir()
+    (root / "photos").mkdir()
+    (root / "photos" / "table.csv").write_text("image,text\n")
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_lacks_its_files_and_nothing_else(project: Project, example: str) -> None:
+    file = f"config/examples/{example}"
+    outcome = project.run("--configfile", file, "--dry-run", check=False)
+    assert outcome.returncode != 0
+    assert "Building DAG" not in outcome.output
+    problems = [line for line in outcome.output.splitlines() if line.startswith("  /")]
+    assert problems
+    assert all(f"{file}: " in line and line.endswith(" is not there") for line in problems)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_beside_its_files(repository: Path, tmp_path: Path, example: str) -> None:
+    project = make_project(tmp_path / "example", repository)
+    provide_files(project.root)
+    file = project.root / "config" / "examples" / example
+    jobs = dag(project, "--configfile", str(file), "--resources", "gpu=1")
+    config = yaml.safe_load(file.read_text())
+    assert set(jobs) == expected(config)
+    assert gpus(jobs) == {f"score/{run}": 1 for run in config["runs"]}
+
+
+def test_all_problems_of_a_config_are_told_before_the_dag(project: Project, tmp_path: Path) -> None:
+    config = default_config(project)
+    config["runs"]["demo.captions"]["model"] = "dmeo"
+    config["runs"]["demo.image-text"]["batchsize"] = 2
+    config["schemes"]["int8_all_layers"]["quant_formats"] = ["INT8_ALL_LAYER_CFG"]
+    config["datasets"]["sample"]["calibration"] = "many"
+    file = tmp_path / "wrong.yaml"
+    file.write_text(yaml.safe_dump(config))
+    outcome = project.run("--configfile", str(file), "--dry-run", check=False)
+    assert outcome.returncode != 0
+    assert "Building DAG" not in outcome.output
+    assert "the config has 4 problems:" in outcome.output
+    for key, near in [
+        ('runs."demo.captions".model', "demo"),
+        ('runs."demo.image-text".batchsize', "batch_size"),
+        ("schemes.int8_all_layers.quant_formats[0]", "INT8_ALL_LAYERS_CFG"),
+        ("datasets.sample.calibration", None),
+    ]:
+        (line,) = (line for line in outcome.output.splitlines() if f"{file}: {key}: " in line)
+        assert near is None or line.endswith(f"did you mean `{near}`?")
+
+
+def test_a_key_on_the_command_line_is_checked_too(project: Project) -> None:
+    outcome = project.run("--dry-run", "--config", "forzen=true", check=False)
+    assert outcome.returncode != 0
+    assert "found `forzen`" in outcome.output or 'found "forzen"' in outcome.output
+    assert "did you mean `frozen`?" in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("device", "arguments", "said"),
+    [
+        ("cuda", [], "no `--resources gpu=N` is given, so 2 scoring job(s)"),
+        ("cuda", ["--resources", "gpu=0"], "`--resources gpu=0` does not keep scoring jobs"),
+        ("cuda", ["--resources", "gpu=1"], None),
+        ("cpu", [], None),
+        ("cpu", ["--resources", "gpu=0"], None),
+    ],
+)
+def test_gpu_resources_missing_or_too_small_are_said_at_start(
+    project: Project, tmp_path: Path, device: str, arguments: list[str], said: str | None
+) -> None:
+    config = default_config(project)
+    for run in config["runs"].values():
+        run["device"] = device
+    file = tmp_path / "devices.yaml"
+    file.write_text(yaml.safe_dump(config))
+    output = dry_run(project, "--configfile", str(file), *arguments).output
+    before_the_dag = output.split("Building DAG")[0]
+    if said is None:
+        assert "scoring job" not in output
+    else:
+        assert said in before_the_dag
+
+
+def test_lint_has_nothing_to_say(project: Project) -> None:
+    outcome = project.run("--lint", check=False)
+    assert outcome.returncode == 0, outcome.output
+    assert "Congratulations" in outcome.output
+
+
+def rules_of(file: Path) -> dict[str, str]:
+    """Return the body of each rule of a file."""
+    parts = re.split(r"^ *rule (\w+):\n", file.read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_every_rule_is_complete(repository: Path, project: Project) -> None:
+    rules = {
+        name: body
+        for file in sorted((repository / "workflow" / "rules").glob("*.smk"))
+        for name, body in rules_of(file).items()
+    }
+    targets = rules_of(repository / "Snakefile")
+    listed = re.findall(r"^(\w+) \(", project.run("--list-rules").output, re.MULTILINE)
+    assert set(listed) == set(rules) | set(targets)
+    for name, body in {**rules, **targets}.items():
+        assert re.match(r' +""".+"""\n', body), f"{name} has no docstring"
+    for name, body in rules.items():
+        keys = re.findall(r"^    (\w+):", body, flags=re.MULTILINE)
+        assert {"output", "log", "benchmark", "conda", "shell"} <= set(keys), name

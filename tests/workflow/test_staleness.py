@@ -1,0 +1,212 @@
+"""The staleness table: each edit, then Snakemake for real, then exactly the jobs that ran."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Project
+
+pytestmark = [pytest.mark.workflow, pytest.mark.slow]
+
+SUMMARIES = {"summaries", "summary"}
+VLM_SCHEMES = ("fp8", "mixed")
+
+
+def chain(run: str, *schemes: str) -> set[str]:
+    """The CPU jobs of a run's schemes, and those that put all together."""
+    steps = {
+        f"{step}/{run}/{scheme}" for scheme in schemes for step in ("solve", "layers", "report")
+    }
+    return steps | SUMMARIES
+
+
+def reports() -> set[str]:
+    return {"report/vlm.photos/fp8", "report/vlm.photos/mixed", "report/llm.words/fp8"}
+
+
+def scores(project: Project, run: str) -> dict[str, Any]:
+    return project.json(f"{run}/scores.json")["formats"]
+
+
+def test_first_run_does_everything(done_study: Project) -> None:
+    logs = done_study.results / "logs"
+    jobs = {str(file.relative_to(logs).with_suffix("")) for file in logs.rglob("*.log")}
+    assert jobs == {
+        "dataset/photos",
+        "dataset/words",
+        "model/vlm",
+        "model/llm",
+        "score/vlm.photos",
+        "score/llm.words",
+        *chain("vlm.photos", *VLM_SCHEMES),
+        *chain("llm.words", "fp8"),
+    }
+
+
+def test_nothing_edited_runs_nothing(study: Project) -> None:
+    outcome = study.run()
+    assert outcome.jobs == set()
+    assert "Nothing to be done" in outcome.output
+
+
+def test_a_report_template_renders_reports_alone(study: Project) -> None:
+    template = study.root / "workflow/templates/layer-sensitivity-report.md.j2"
+    template.write_text(template.read_text() + "\nAn edit.\n")
+    assert study.run().jobs == reports()
+
+
+def test_a_report_module_renders_pages_alone(study: Project) -> None:
+    module = study.root / "workflow/layersense/reports/markdown.py"
+    module.write_text(module.read_text() + "\n# An edit.\n")
+    assert study.run().jobs == reports() | {"summary"}
+
+
+def test_a_report_option_renders_pages_alone(study: Project) -> None:
+    study.edit(lambda config: config.update(report={"top": 3}))
+    assert study.run().jobs == reports() | {"summary"}
+
+
+def test_a_budget_solves_its_scheme_in_its_runs_again(study: Project) -> None:
+    study.edit(lambda config: config["schemes"]["mixed"].update(effective_bits=9.0))
+    before = scores(study, "vlm.photos")
+    assert study.run().jobs == chain("vlm.photos", "mixed")
+    assert scores(study, "vlm.photos") == before
+
+
+def test_coverage_solves_its_scheme_again(study: Project) -> None:
+    coverage = {"coverage_mode": "fraction", "coverage_fraction": 0.9}
+    study.edit(lambda config: config["schemes"]["mixed"].update(coverage))
+    assert study.run().jobs == chain("vlm.photos", "mixed")
+
+
+def test_a_new_scheme_over_measured_formats_scores_nothing(study: Project) -> None:
+    def add(config: dict[str, Any]) -> None:
+        config["schemes"]["mine"] = {"quant_formats": ["MY_INT8"], "effective_bits": 12.0}
+        config["runs"]["vlm.photos"]["schemes"].append("mine")
+
+    study.edit(add)
+    assert study.run().jobs == chain("vlm.photos", "mine")
+
+
+def test_a_new_format_is_one_scoring_job_that_measures_it_alone(study: Project) -> None:
+    def add(config: dict[str, Any]) -> None:
+        config["schemes"]["fp8"]["quant_formats"].append("INT8_WEIGHT_ONLY_ALL_LAYERS_CFG")
+        config["runs"]["llm.words"]["schemes"] = ["mixed"]
+        config["schemes"]["mixed"]["quant_formats"] = ["FP8_ALL_LAYERS_CFG"]
+
+    # First away from a scheme shared with the other run, so that one run alone changes.
+    study.edit(add)
+    before = scores(study, "vlm.photos")
+    outcome = study.run()
+    assert outcome.jobs == {
+        "score/vlm.photos",
+        *chain("vlm.photos", *VLM_SCHEMES),
+        *chain("llm.words", "mixed"),
+    }
+    after = scores(study, "vlm.photos")
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"INT8_WEIGHT_ONLY_ALL_LAYERS_CFG"}
+    log = (study.results / "logs/score/vlm.photos.log").read_text()
+    assert "to measure: INT8_WEIGHT_ONLY_ALL_LAYERS_CFG\n" in log
+
+
+def test_a_format_removed_from_schemes_scores_nothing(study: Project) -> None:
+    remove = {"quant_formats": ["FP8_ALL_LAYERS_CFG"]}
+    study.edit(lambda config: config["schemes"]["mixed"].update(remove))
+    assert study.run().jobs == chain("vlm.photos", "mixed")
+    assert "MY_INT8" in scores(study, "vlm.photos")
+
+
+def test_an_own_format_removed_from_the_config_scores_nothing(study: Project) -> None:
+    def remove(config: dict[str, Any]) -> None:
+        del config["formats"]
+        config["schemes"]["mixed"]["quant_formats"] = ["FP8_ALL_LAYERS_CFG"]
+
+    study.edit(remove)
+    assert study.run().jobs == chain("vlm.photos", "mixed")
+
+
+def test_an_own_format_changed_under_its_name_is_measured_again(study: Project) -> None:
+    before = scores(study, "vlm.photos")
+    study.edit(lambda config: config["formats"]["MY_INT8"].update(weight={"axis": 0}))
+    assert study.run().jobs == {"score/vlm.photos", *chain("vlm.photos", *VLM_SCHEMES)}
+    after = scores(study, "vlm.photos")
+    assert after["FP8_ALL_LAYERS_CFG"] == before["FP8_ALL_LAYERS_CFG"]
+    assert after["MY_INT8"]["digest"] != before["MY_INT8"]["digest"]
+    assert after["MY_INT8"]["groups"] != before["MY_INT8"]["groups"]
+
+
+@pytest.mark.parametrize("change", [{"method": "kl_div"}, {"score_samples": 2}, {"seed": 1}])
+def test_method_or_sampling_of_a_run_scores_that_run(
+    study: Project, change: dict[str, Any]
+) -> None:
+    study.edit(lambda config: config["runs"]["llm.words"].update(change))
+    assert study.run().jobs == {"score/llm.words", *chain("llm.words", "fp8")}
+
+
+def test_a_seed_changed_measures_no_format_that_nobody_wants(study: Project) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["schemes"]["mixed"]["quant_formats"] = ["FP8_ALL_LAYERS_CFG"]
+        config["runs"]["vlm.photos"]["seed"] = 1
+
+    study.edit(change)
+    study.run()
+    assert set(scores(study, "vlm.photos")) == {"FP8_ALL_LAYERS_CFG"}
+
+
+@pytest.mark.parametrize("change", [{"seed": 7}, {"calibration": 12}])
+def test_a_dataset_changed_measures_what_stands_on_it(
+    study: Project, change: dict[str, Any]
+) -> None:
+    study.edit(lambda config: config["datasets"]["words"].update(change))
+    expected = {"dataset/words", "score/llm.words", *chain("llm.words", "fp8")}
+    assert study.run().jobs == expected
+
+
+def test_a_model_moved_measures_its_runs(study: Project) -> None:
+    (study.root / "checkpoints/llm").rename(study.root / "checkpoints/other")
+    study.edit(lambda config: config["models"]["llm"].update(checkpoint="./checkpoints/other"))
+    assert study.run().jobs == {"model/llm", "score/llm.words", *chain("llm.words", "fp8")}
+
+
+def test_one_deleted_report_is_rendered_alone(study: Project) -> None:
+    (study.results / "vlm.photos/fp8/layer-sensitivity-report.md").unlink()
+    assert study.run().jobs == {"report/vlm.photos/fp8"}
+
+
+def test_an_edited_rule_costs_no_score(study: Project) -> None:
+    rules = study.root / "workflow/rules/scoring.smk"
+    rules.write_text(rules.read_text().replace(" > {log:q} 2>&1", "  > {log:q} 2>&1"))
+    assert study.run().jobs == set()
+
+
+def test_frozen_renders_what_is_there(study: Project) -> None:
+    study.edit(lambda config: config["runs"]["llm.words"].update(seed=5))
+    study.edit(lambda config: config["schemes"]["mixed"].update(effective_bits=9.0))
+    for folder in ("calibration", "models"):
+        for file in (study.results / folder).rglob("*"):
+            if file.is_file():
+                file.unlink()
+    outcome = study.run("reports", "--config", "frozen=true")
+    assert not {job for job in outcome.jobs if job.split("/")[0] in ("score", "model", "dataset")}
+    assert chain("vlm.photos", "mixed") <= outcome.jobs
+    findings = study.json("llm.words/fp8/manifest.json")["findings"]
+    stale = [finding for finding in findings if finding["code"] == "measured-with-other-settings"]
+    assert len(stale) == 1
+    assert "seed" in stale[0]["what"]
+
+
+def test_frozen_names_what_is_missing(study: Project) -> None:
+    (study.results / "llm.words/scores.json").unlink()
+    for file in (study.results / "llm.words/fp8").iterdir():
+        file.unlink()
+    outcome = study.run("reports", "--config", "frozen=true", check=False)
+    assert outcome.returncode != 0
+    assert outcome.jobs == set()
+    assert "results/llm.words/scores.json: is missing" in outcome.output
+
+
+def test_a_single_target_runs_what_it_needs(new_study: Project, tmp_path: Path) -> None:
+    study = new_study.copy(tmp_path / "study")
+    assert study.run("results/calibration/words.sqlite").jobs == {"dataset/words"}

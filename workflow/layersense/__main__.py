@@ -1,0 +1,5 @@
+"""``python -m layersense``: what the rules call."""
+
+from layersense.cli import main
+
+main()

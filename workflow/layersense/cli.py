@@ -1,0 +1,225 @@
+"""The command line: one sub-command for each rule, and a few for people.
+
+Imports that cost time stand inside the commands, so that a cheap command stays cheap.
+"""
+
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from layersense.errors import LayersenseError
+
+app = typer.Typer(
+    name="layersense",
+    help="Which layers of a model can be quantized, and what does each one cost?",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _parse_json(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise typer.BadParameter("expected a JSON object")
+    return value
+
+
+Settings = Annotated[
+    dict[str, Any],
+    typer.Option(parser=_parse_json, metavar="JSON", help="The slice of the config, as JSON."),
+]
+Out = Annotated[Path, typer.Option(help="File to write.")]
+Manifest = Annotated[Path, typer.Option(help="Manifest of one scheme.")]
+Template = Annotated[Path, typer.Option(help="Jinja2 template.")]
+
+RULES = "Steps of the workflow"
+PEOPLE = "For people"
+
+
+@app.command(rich_help_panel=RULES)
+def dataset(name: str, settings: Settings, out: Out) -> None:
+    """Build a calibration database."""
+    from pydantic import TypeAdapter
+
+    from layersense.calibration.build import build_database
+    from layersense.config import Dataset
+
+    build_database(name, TypeAdapter[Any](Dataset).validate_python(settings), out)
+
+
+@app.command(rich_help_panel=RULES)
+def model(name: str, settings: Settings, out: Out) -> None:
+    """Fetch, or build, a checkpoint and record what it is."""
+    from layersense.models.resolve import resolve_model
+
+    resolve_model(name, settings, out)
+
+
+@app.command(rich_help_panel=RULES)
+def score(
+    run: str,
+    settings: Settings,
+    formats: Annotated[
+        dict[str, Any],
+        typer.Option(parser=_parse_json, metavar="JSON", help="Format name → its settings."),
+    ],
+    model: Annotated[Path, typer.Option(help="Record of the checkpoint.")],
+    database: Annotated[Path, typer.Option(help="Calibration database.")],
+    out: Out,
+    measured: Annotated[Path, typer.Option(help="Index of the score file to write.")],
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+) -> None:
+    """Measure every layer group under every missing format."""
+    # GPU jobs read what was fetched before them; compute nodes often have no network.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # ModelOpt's bars would fill a log file; our own lines say the same.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    from layersense.scoring.job import score_run
+    from layersense.settings import write_measured
+
+    score_run(
+        run,
+        settings,
+        formats,
+        model_file=model,
+        database_file=database,
+        out=out,
+        threads=threads,
+    )
+    write_measured(measured, settings, formats)
+
+
+@app.command(rich_help_panel=RULES)
+def solve(
+    run: str,
+    scheme: str,
+    settings: Settings,
+    scores: Annotated[Path, typer.Option(help="Score file of the run.")],
+    out: Out,
+) -> None:
+    """Choose a format for every layer group within the budget; write the manifest."""
+    from layersense.recipes.decide import solve_scheme
+
+    solve_scheme(run, scheme, settings, scores, out)
+
+
+@app.command(rich_help_panel=RULES)
+def table(manifest: Manifest, out: Out) -> None:
+    """Write the tidy table of one manifest."""
+    from layersense.manifests.tables import write_layers
+
+    write_layers(manifest, out)
+
+
+@app.command(rich_help_panel=RULES)
+def tables(
+    manifests: Annotated[list[Path], typer.Argument(help="Manifests, each beside its table.")],
+    sensitivity: Annotated[Path, typer.Option(help="All layer tables in one.")],
+    runs: Annotated[Path, typer.Option(help="One row for each run and scheme.")],
+) -> None:
+    """Concatenate the tables of all runs and schemes."""
+    from layersense.manifests.tables import write_runs, write_sensitivity
+
+    write_sensitivity([manifest.with_name("layers.parquet") for manifest in manifests], sensitivity)
+    write_runs(manifests, runs)
+
+
+@app.command(rich_help_panel=RULES)
+def report(
+    manifest: Manifest,
+    layers: Annotated[Path, typer.Option(help="Table of the scheme.")],
+    settings: Settings,
+    template: Template,
+    out: Out,
+) -> None:
+    """Render the Markdown report of one scheme."""
+    from layersense.config import Report
+    from layersense.reports.markdown import write_report
+
+    write_report(manifest, layers, Report.model_validate(settings), template, out)
+
+
+@app.command(rich_help_panel=RULES)
+def summary(
+    runs: Annotated[Path, typer.Option(help="Table of runs.")],
+    sensitivity: Annotated[Path, typer.Option(help="Table of all layers.")],
+    settings: Settings,
+    template: Template,
+    out: Out,
+) -> None:
+    """Render the page that shows all runs and schemes side by side."""
+    from layersense.config import Report
+    from layersense.reports.markdown import write_summary
+
+    write_summary(runs, sensitivity, Report.model_validate(settings), template, out)
+
+
+@app.command(rich_help_panel=PEOPLE)
+def init(
+    checkpoint: Annotated[str, typer.Argument(help="Hub id or directory of the checkpoint.")],
+    data: Annotated[
+        Path | None, typer.Option(help="COCO folder, folder of photographs with a table, or JSONL.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Config to write.")] = None,
+    device: Annotated[
+        Literal["cuda", "cpu"] | None, typer.Option(help="Where to score; default: what is here.")
+    ] = None,
+) -> None:
+    """Write a config for a checkpoint of your own.
+
+    Example: layersense init ./my-checkpoint --data photos/
+    """
+    from layersense.init import write_config
+
+    typer.echo(write_config(checkpoint, data, out, device=device))
+
+
+@app.command(rich_help_panel=PEOPLE)
+def validate(files: Annotated[list[Path], typer.Argument(help="Manifests.")]) -> None:
+    """Check manifests; exit with 1 if one has a problem.
+
+    Example: layersense validate results/*/*/manifest.json
+    """
+    from layersense.manifests.read import validate_manifest
+
+    bad = 0
+    for file in files:
+        problems = validate_manifest(file)
+        bad += bool(problems)
+        for problem in problems or [f"{file}: ok"]:
+            typer.echo(problem)
+    raise typer.Exit(1 if bad else 0)
+
+
+def main() -> NoReturn:
+    """Run the command line; the first line of any failure is one readable sentence."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    try:
+        app(standalone_mode=True)
+    except LayersenseError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted")
+    except Exception as error:
+        _fail(
+            f"layersense {' '.join(sys.argv[1:2])}: {type(error).__name__}: {error}; "
+            "this is not an error that layersense knows: please report it with the lines below",
+            traceback.format_exc(),
+        )
+    raise SystemExit(0)
+
+
+def _fail(sentence: str, details: str = "") -> NoReturn:
+    sys.stderr.write(f"error: {sentence}\n{details}")
+    raise SystemExit(1)

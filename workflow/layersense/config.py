@@ -1,0 +1,257 @@
+"""Pydantic models of ``config.yaml``: every key, its type, its default and what it means.
+
+``config/README.md`` and ``workflow/schemas/config.schema.json`` are generated from this module.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+"""A name that becomes a file or folder name: letters, digits, dots, underscores and hyphens."""
+
+Modality = Literal["image_text", "text"]
+Method = Literal["gradient", "kl_div"]
+Task = Literal["image-text-to-text", "causal-lm"]
+
+TASK_MODALITIES: dict[Task, tuple[Modality, ...]] = {
+    "image-text-to-text": ("image_text", "text"),
+    "causal-lm": ("text",),
+}
+"""What a batch of each task may hold; the first is the default."""
+
+SCORE_SAMPLES = 128
+"""How many rows a run scores that does not say so, if the calibration rows are as many."""
+
+
+class Section(BaseModel):
+    """A part of the config; unknown keys and values of another type are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class DatasetSection(Section):
+    """What every kind of dataset shares."""
+
+    calibration: int = Field(512, ge=1)
+    """Rows in the calibration split; scoring uses the first of them."""
+    heldout: int = Field(64, ge=0)
+    """Rows in the held-out split, which shares no image with the calibration split."""
+    seed: int = Field(0, ge=0)
+    """Seed of the hash that draws both splits."""
+
+
+class SampleDataset(DatasetSection):
+    """The 27 photographs and 135 captions that come with layersense."""
+
+    source: Literal["sample"]
+    """`sample`: the embedded sample."""
+
+
+class CocoDataset(DatasetSection):
+    """COCO in its own layout: `annotations/`, and one folder of images for each split."""
+
+    source: Literal["coco"]
+    """`coco`: COCO's JSON files and images."""
+    root: str
+    """Folder that holds `annotations/` and the image folders."""
+    split: Name = "train2017"
+    """COCO split, such as `train2017` or `val2017`; it names the three files below."""
+    captions: str | None = None
+    """Captions file; default `{root}/annotations/captions_{split}.json`."""
+    instances: str | None = None
+    """Instances file (boxes and masks); default `{root}/annotations/instances_{split}.json`
+    where that exists, else none."""
+    images: str | None = None
+    """Image folder; default `{root}/{split}`."""
+
+
+class ImagesDataset(DatasetSection):
+    """Your own photographs, with a table of what they show."""
+
+    source: Literal["images"]
+    """`images`: a folder of images and a table."""
+    images: str
+    """Folder that the table's image names are relative to."""
+    table: str
+    """CSV or JSONL file with the columns `image` and `text`."""
+
+
+class TextDataset(DatasetSection):
+    """Your own texts."""
+
+    source: Literal["text"]
+    """`text`: a JSONL file."""
+    file: str
+    """JSONL file with the key `text` in each line."""
+
+
+Dataset = Annotated[
+    SampleDataset | CocoDataset | ImagesDataset | TextDataset, Field(discriminator="source")
+]
+
+
+class DemoModel(Section):
+    """A small Qwen2.5-VL that the workflow builds and trains on the embedded sample."""
+
+    source: Literal["demo"]
+    """`demo`: built by the workflow, no download."""
+
+    @property
+    def task(self) -> Task:
+        """The task of the demo model."""
+        return "image-text-to-text"
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """The demo model runs no code but that of transformers."""
+        return False
+
+
+class CheckpointModel(Section):
+    """A checkpoint in Hugging Face form: a hub id or a local directory."""
+
+    source: Literal["checkpoint"] = "checkpoint"
+    """`checkpoint`: may be left out."""
+    checkpoint: str = Field(min_length=1)
+    """Hub id such as `Qwen/Qwen2.5-VL-3B-Instruct`, or a directory (`./…`, `/…` or `~/…`)."""
+    task: Task
+    """What the model does; it decides the loss and what a batch holds."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; resolved to a commit when it is fetched."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Needs `revision` for a hub id, and is named
+    in every report."""
+
+
+def _model_source(value: Any) -> str | None:
+    """Return which kind of model an entry is; `source: checkpoint` may be left out."""
+    source = (
+        value.get("source", "checkpoint")
+        if isinstance(value, dict)
+        else getattr(value, "source", None)
+    )
+    return source if isinstance(source, str) else None
+
+
+Model = Annotated[
+    Annotated[DemoModel, Tag("demo")] | Annotated[CheckpointModel, Tag("checkpoint")],
+    Discriminator(_model_source),
+]
+
+
+class OwnFormat(Section):
+    """A format of your own: a base, and what is different."""
+
+    base: str
+    """Name of a ModelOpt config (`FP8_DEFAULT_CFG`) or of its all-layers form."""
+    weight: dict[str, Any] = {}
+    """Attributes of the weight quantizer to change, as in ModelOpt's `QuantizerAttributeConfig`:
+    `num_bits`, `axis`, `block_sizes`, `enable`…"""
+    input: dict[str, Any] = {}
+    """Attributes of the input quantizer to change."""
+    algorithm: str | dict[str, Any] | None = None
+    """Calibration algorithm, if not the base's: `max`, `awq_lite`, `smoothquant`…"""
+
+
+class Scheme(Section):
+    """What to decide: which formats may be used, where, and at which budget. Names no data."""
+
+    quant_formats: list[str] = Field(min_length=1)
+    """Formats that a layer may take, beside staying unquantized."""
+    effective_bits: float = Field(gt=0, le=16)
+    """Budget: average bits per weight over all searched layers."""
+    coverage_mode: Literal["full", "fraction"] = "full"
+    """`full`: every layer may be quantized. `fraction`: only the least sensitive layers, up to
+    `coverage_fraction`."""
+    coverage_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the searched weight elements that may be quantized."""
+    include: list[str] = Field(["*"], min_length=1)
+    """Layers that may be quantized, as shell patterns on module names."""
+    exclude: list[str] = []
+    """Layers that stay unquantized, as shell patterns on module names."""
+    routers: bool = False
+    """Whether the routers of a mixture of experts may be quantized."""
+    unreached: Literal["keep", "quantize"] = "keep"
+    """What happens to layers that the loss never reached: `keep` them unquantized, or `quantize`
+    them as if they were insensitive."""
+    objective: Literal["sum", "max"] = "sum"
+    """What is minimised: the sum of the scores, or their maximum as ModelOpt does for `kl_div`."""
+
+
+class Run(Section):
+    """What one GPU job measures: a model, on data, by a method; and the schemes to report."""
+
+    model: str
+    """Name of an entry of `models`."""
+    dataset: str
+    """Name of an entry of `datasets`."""
+    schemes: list[str] = Field(min_length=1)
+    """Names of entries of `schemes`; their formats are what is measured."""
+    modality: Modality | None = None
+    """What a batch holds; default `image_text` for `image-text-to-text`, `text` for `causal-lm`.
+    A vision-language model on captions alone: `text`."""
+    method: Method = "gradient"
+    """ModelOpt's sensitivity: `gradient` or `kl_div`."""
+    engine: Literal["modelopt"] = "modelopt"
+    """What measures: `modelopt` is stock `mtq.auto_quantize`."""
+    calibration_samples: int | None = Field(None, ge=1)
+    """Rows that calibrate the quantizers; default all of the calibration split."""
+    score_samples: int | None = Field(None, ge=1)
+    """Rows that are scored, the first of the calibration rows; default 128, or all if fewer."""
+    heldout_samples: int | None = Field(None, ge=1)
+    """Held-out rows for verification; default all of the held-out split."""
+    batch_size: int = Field(4, ge=1)
+    """Rows in a scoring batch; scores do not depend on it."""
+    calibration_batch_size: int = Field(4, ge=1)
+    """Rows in a calibration batch; padding enters the calibrated ranges, so it is never split."""
+    max_length: int = Field(512, ge=8)
+    """Longest sequence in tokens; a longer caption is cut."""
+    min_pixels: int | None = Field(None, ge=1)
+    """Smallest image in pixels, as the processor resizes it; default the processor's own."""
+    max_pixels: int | None = Field(None, ge=1)
+    """Largest image in pixels, as the processor resizes it; default the processor's own."""
+    prompt: str = "Describe the image."
+    """What the user's turn says beside the image."""
+    seed: int = Field(0, ge=0)
+    """Seed of torch; the rows are drawn by the dataset's own seed."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Weights' type while scoring; `auto` is the checkpoint's."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Where to score."""
+
+
+class Report(Section):
+    """How reports look; a change here re-renders reports alone."""
+
+    title: str = "Layer sensitivity"
+    """Heading of the reports."""
+    top: int = Field(10, ge=1)
+    """How many layers the short tables list."""
+
+
+class Config(Section):
+    """The whole of `config.yaml`."""
+
+    datasets: dict[Name, Dataset] = Field(min_length=1)
+    """Calibration databases to build."""
+    models: dict[Name, Model] = Field(min_length=1)
+    """Models to measure."""
+    formats: dict[Name, OwnFormat] = {}
+    """Formats of your own, beside those that come with ModelOpt."""
+    schemes: dict[Name, Scheme] = Field(min_length=1)
+    """What to decide."""
+    runs: dict[Name, Run] = Field(min_length=1)
+    """What to measure."""
+    report: Report = Report()
+    """How reports look."""
+    # Lax: `--config frozen=true` arrives as text.
+    frozen: bool = Field(False, strict=False)
+    """Leave the measuring rules out: render what is there, name what is missing."""

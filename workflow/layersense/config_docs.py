@@ -1,0 +1,241 @@
+"""Write ``config/README.md``, the JSON schema and the table of formats from the code.
+
+``python -m layersense.config_docs`` writes all three; a test fails while they differ from it.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from layersense import config as models
+from layersense.config import Config
+from layersense.files import atomic_write
+from layersense.quantization.formats import Format, all_layers_name, known_formats, registry
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCHEMA = REPOSITORY / "workflow/schemas/config.schema.json"
+README = REPOSITORY / "config/README.md"
+FORMATS = REPOSITORY / "docs/formats.md"
+
+_SECTIONS: dict[str, tuple[tuple[str, type[BaseModel]], ...]] = {
+    "datasets": (
+        ("The embedded sample", models.SampleDataset),
+        ("COCO", models.CocoDataset),
+        ("Own photographs", models.ImagesDataset),
+        ("Own texts", models.TextDataset),
+    ),
+    "models": (
+        ("A checkpoint", models.CheckpointModel),
+        ("The demo model", models.DemoModel),
+    ),
+    "formats": (("", models.OwnFormat),),
+    "schemes": (("", models.Scheme),),
+    "runs": (("", models.Run),),
+    "report": (("", models.Report),),
+}
+
+_HEAD = """\
+<!-- Written by `python -m layersense.config_docs` from its docstrings; edit them. -->
+
+# The config
+
+`config.yaml` is the demo: a small vision-language model on the embedded sample. Each file in
+[`examples/`](examples) stands for one real use; run one with `snakemake --configfile FILE`. A
+config given in this way stands for itself and is not merged into `config.yaml`.
+
+| example | what it shows |
+| --- | --- |
+| [`own-photographs.yaml`](examples/own-photographs.yaml) | your own photographs |
+| [`qwen2.5-vl-3b-coco.yaml`](examples/qwen2.5-vl-3b-coco.yaml) | Qwen2.5-VL-3B with full COCO |
+| [`text-llm.yaml`](examples/text-llm.yaml) | a language model on texts |
+| [`many-schemes.yaml`](examples/many-schemes.yaml) | many schemes, an own format |
+
+The whole config is checked before anything starts, and all problems are told at once. The first
+line of each file names the [JSON schema](../workflow/schemas/config.schema.json), by which editors
+with a YAML language server complete keys and show what they mean. Relative paths are relative to
+the folder that Snakemake was started in.
+
+## Your own model and data
+
+`layersense init ./my-checkpoint --data photos/` looks at both and writes `config/my-model.yaml`.
+By hand, it takes:
+
+1. a **model**: a hub id, or a directory with `config.json` and safetensors;
+2. a **dataset**: a COCO folder; or a folder of images and a CSV or JSONL table with the columns
+   `image` and `text`; or a JSONL file with `text` in each line. Its `calibration` and `heldout`
+   rows must be there: lower them for a small folder;
+3. a **scheme**: formats and a budget. Budgets are cheap: a changed or added one measures nothing;
+4. a **run** that joins them. Without a GPU, set `device: cpu`.
+
+What is measured belongs to the run (model, data, method, sampling), what is decided belongs to the
+scheme. A format is measured once in each run, however many schemes name it.
+"""
+
+_FORMATS_HEAD = """\
+<!-- Written by `python -m layersense.config_docs` from the format registry. -->
+
+# Formats
+
+Names for `quant_formats` in a scheme. Each is a config of ModelOpt {version} with its exclusions by
+layer name taken out, so that every linear layer and convolution can be measured; leave layers out
+by a scheme's `exclude` instead. How to make a format of your own:
+[`formats` in the config](../config/README.md#formats-a-mapping-of-names).
+
+- **Bits** is what a weight takes: the bits of its element, and its share of the block's scale.
+  Scales of a whole tensor or channel count as nothing.
+- **Activations** `NONE`: they stay as they are (a weight-only format).
+- **Algorithm** calibrates the scales; `–`: they are found on the fly and nothing is calibrated.
+  Formats with `max` are measured together, each other one in a pass of its own.
+- **CUDA**: `needed` where ModelOpt has no code for the CPU; refused with `device: cpu` when the
+  config is read.
+"""
+
+
+def schema() -> str:
+    """Return the JSON schema of the config."""
+    body = Config.model_json_schema()
+    # Without this, an entry whose name is no file name would be left unchecked.
+    for section in body["properties"].values():
+        if "patternProperties" in section:
+            section["additionalProperties"] = False
+    body = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **body,
+        "title": "layersense config",
+    }
+    return json.dumps(body, indent=2, ensure_ascii=False) + "\n"
+
+
+def readme() -> str:
+    """Return the reference of every key, in Markdown."""
+    lines = [_HEAD, "## Keys", ""]
+    for name, field in Config.model_fields.items():
+        many = name in ("datasets", "models", "formats", "schemes", "runs")
+        lines += [f"### `{name}`" + (": a mapping of names" if many else ""), ""]
+        lines += [_sentence(field), ""]
+        if many and field.is_required():
+            lines += ["At least one entry is needed.", ""]
+        for title, model in _SECTIONS.get(name, ()):
+            lines += _table(title, model)
+        if name not in _SECTIONS:
+            lines += [f"{_type(field.annotation)}, default `{_yaml(field.default)}`.", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def formats() -> str:
+    """Return the table of all formats and of the refused ones, in Markdown."""
+    known, committed = known_formats(), registry()
+    aliases = [
+        (f"`{alias}`", f"`{name}`")
+        for name, entry in committed.formats.items()
+        for alias in map(all_layers_name, entry.aliases)
+    ]
+    columns = ("Format", "ModelOpt's config", "Bits", "Weights", "Activations", "Algorithm", "CUDA")
+    lines = [
+        _FORMATS_HEAD.format(version=committed.modelopt),
+        *_rows(columns, (_format_row(known[name]) for name in known)),
+        "",
+        "## Other names for the same",
+        "",
+        "ModelOpt has configs that differ from another in the layers that they name, and in "
+        "nothing else.",
+        "With every layer they are equal, and outputs show the name on the right.",
+        "",
+        *_rows(("Alias", "Format"), aliases),
+        "",
+        "## Refused",
+        "",
+        *_rows(
+            ("ModelOpt's config", "Why"),
+            (
+                (f"`{name}`", f"{why[0].upper()}{why[1:]}.")
+                for name, why in committed.refused.items()
+            ),
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the three files."""
+    atomic_write(SCHEMA, schema())
+    atomic_write(README, readme())
+    atomic_write(FORMATS, formats())
+
+
+def _format_row(format: Format) -> tuple[str, ...]:
+    return (
+        f"`{format.name}`",
+        f"`{registry().formats[format.name].base}`",
+        f"{format.effective_bits:.4g}",
+        format.weight_format,
+        format.act_format,
+        f"`{format.algorithm['method']}`" if format.algorithm else "–",
+        "needed" if format.needs_cuda else "",
+    )
+
+
+def _rows(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Return a Markdown table as lines."""
+    return [f"| {' | '.join(cells)} |" for cells in (header, ("---",) * len(header), *rows)]
+
+
+def _table(title: str, model: type[BaseModel]) -> list[str]:
+    lines = [f"#### {title}", ""] if title else []
+    lines += [" ".join((model.__doc__ or "").split()), ""]
+    lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for key, field in model.model_fields.items():
+        default = "**required**" if field.is_required() else f"`{_yaml(field.get_default())}`"
+        kind = _type(field.annotation) + _limits(field)
+        lines.append(f"| `{key}` | {kind} | {default} | {_sentence(field)} |")
+    return [*lines, ""]
+
+
+def _sentence(field: FieldInfo) -> str:
+    return " ".join((field.description or "").split()).replace("|", "\\|")
+
+
+def _yaml(value: Any) -> str:
+    if value is PydanticUndefined:
+        raise ValueError("a required key has no default")
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _type(annotation: Any) -> str:
+    """Return a type in words."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type(args[0])
+    if origin in (Union, UnionType):
+        return " or ".join(_type(arg) for arg in args if arg is not NoneType)
+    if origin is Literal:
+        return " or ".join(f"`{arg}`" for arg in args)
+    if origin is list:
+        return f"list of {_type(args[0])}"
+    if origin is dict:
+        return "mapping"
+    return {str: "text", int: "whole number", float: "number", bool: "true or false"}[annotation]
+
+
+def _limits(field: FieldInfo) -> str:
+    """Return the limits of a number, such as `, > 0, ≤ 16`."""
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    found = [
+        f", {sign} {getattr(item, key)}"
+        for item in field.metadata
+        for key, sign in signs.items()
+        if hasattr(item, key)
+    ]
+    return "".join(found)
+
+
+if __name__ == "__main__":
+    main()

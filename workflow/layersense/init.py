@@ -1,0 +1,291 @@
+"""Write a config for a checkpoint and data of the user's own (no torch)."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from layersense.config_docs import SCHEMA
+from layersense.errors import LayersenseError
+from layersense.files import atomic_write
+from layersense.models.checkpoints import guess_task, read_config
+from layersense.validation import is_directory, load_config, read_config_file
+
+DEFAULT_OUT = Path("config/my-model.yaml")
+SAMPLE_ROWS = (96, 16)
+"""Calibration and held-out rows that the embedded sample of 135 captions affords."""
+_TABLES = (".csv", ".jsonl", ".ndjson")
+
+
+@dataclass
+class _Data:
+    """A dataset that was recognised."""
+
+    name: str
+    keys: dict[str, Any]
+    """Its entry in the config."""
+    comment: str
+
+    @property
+    def has_images(self) -> bool:
+        """Whether its rows have images."""
+        return bool(self.keys["source"] != "text")
+
+
+def write_config(
+    checkpoint: str,
+    data: Path | None = None,
+    out: Path | None = None,
+    *,
+    device: Literal["cuda", "cpu"] | None = None,
+) -> str:
+    """Write a commented, valid config of about a dozen lines; return what to do next.
+
+    The task follows from the checkpoint's ``config.json``, the kind of dataset from what lies in
+    the folder: COCO's layout, one table beside images, or a JSONL file of texts.
+
+    Args:
+        checkpoint: hub id or directory.
+        data: folder, or file, with the calibration data; None takes the embedded sample.
+        out: file to write; None is ``config/my-model.yaml``. It must not exist.
+        device: where to score; None is ``cuda`` if this machine has an NVIDIA GPU, else ``cpu``.
+
+    Raises:
+        LayersenseError: the checkpoint or the data cannot be used, or ``out`` is there already.
+    """
+    out = out or DEFAULT_OUT
+    if out.exists():
+        raise LayersenseError(
+            f"{out}: is there already and is not overwritten; name another file with --out"
+        )
+    config, directory = _checkpoint_config(checkpoint)
+    task = guess_task(config)
+    found = _sample() if data is None else _recognise(data)
+    device_comment = "" if device else "  # no GPU is seen here; `cuda` where there is one"
+    device = device or _device()
+    model = _name(Path(checkpoint).expanduser().resolve().name if directory else checkpoint)
+    run: dict[str, Any] = {"model": model, "dataset": found.name, "schemes": ["fp8"]}
+    if task == "image-text-to-text" and not found.has_images:
+        run["modality"] = "text"
+    entry: dict[str, Any] = {"checkpoint": checkpoint, "task": task}
+    if directory and not checkpoint.startswith((".", "/", "~")):
+        entry["checkpoint"] = f"./{checkpoint}"
+    lines = [
+        *_schema_line(out),
+        "# Every key: config/README.md. Check with `snakemake -n --configfile "
+        f"{out}`, then run it.",
+        "datasets:",
+        f"  {_entry(found.name, found.keys)}  # {found.comment}",
+        "models:",
+        f"  {_entry(model, entry)}  # a {config['architectures'][0]}",
+        "schemes:",
+        f"  {_entry('fp8', {'quant_formats': ['FP8_ALL_LAYERS_CFG'], 'effective_bits': 11.0})}",
+        "runs:",
+        f"  {_entry(f'{model}.{found.name}', run)[:-1]},",
+        f"    device: {device}}}" + (device_comment if device == "cpu" else ""),
+    ]
+    text = "\n".join(lines) + "\n"
+    atomic_write(out, text)
+    try:
+        load_config(read_config_file(out), str(out))
+    except LayersenseError:
+        out.unlink()
+        raise
+    gpu = " --resources gpu=1" if device == "cuda" else ""
+    return (
+        f"{out} is written: {config['architectures'][0]} ({task}) on {found.comment}. Next:\n"
+        f"  snakemake -n --configfile {out}\n"
+        f"  snakemake --cores 8{gpu} --configfile {out}"
+    )
+
+
+# --- the checkpoint ------------------------------------------------------------------------------
+
+
+def _checkpoint_config(checkpoint: str) -> tuple[dict[str, Any], bool]:
+    """Return a checkpoint's ``config.json``, and whether the checkpoint is a directory."""
+    if is_directory(checkpoint):
+        folder, directory = Path(checkpoint).expanduser(), True
+    else:
+        folder, directory = _fetch_config(checkpoint), False
+    config = read_config(folder)
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise LayersenseError(
+            f"{folder / 'config.json'}: names no `architectures`, so its task is unknown; copy it "
+            "again from the original checkpoint"
+        )
+    return config, directory
+
+
+def _fetch_config(hub_id: str) -> Path:
+    import httpx
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(hub_id, "config.json")).parent
+    except errors.HFValidationError as error:
+        raise LayersenseError(
+            f"{hub_id}: is neither a directory nor a hub id; write a directory as ./…, /… or ~/…, "
+            "a hub id as owner/name"
+        ) from error
+    except errors.GatedRepoError as error:
+        raise LayersenseError(
+            f"{hub_id}: is gated; accept its conditions on https://huggingface.co/{hub_id} and log "
+            "in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise LayersenseError(
+            f"{hub_id}: is not on the hub, or private, and there is no such directory; correct it"
+        ) from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise LayersenseError(
+            f"{hub_id}: holds no config.json, so it is no checkpoint in Hugging Face form; name "
+            "another"
+        ) from error
+    except (errors.LocalEntryNotFoundError, httpx.TransportError, errors.HfHubHTTPError) as error:
+        raise LayersenseError(
+            f"{hub_id}: the hub cannot be reached and its config.json is not in the local cache; "
+            "connect to the network, or give a directory as ./…"
+        ) from error
+
+
+# --- the data ------------------------------------------------------------------------------------
+
+
+def _sample() -> _Data:
+    calibration, heldout = SAMPLE_ROWS
+    keys = {"source": "sample", "calibration": calibration, "heldout": heldout}
+    return _Data("sample", keys, "the embedded sample; your own data by --data")
+
+
+def _recognise(data: Path) -> _Data:
+    """Return what kind of dataset a folder or file is."""
+    if data.is_file():
+        return _table(data, data.parent)
+    if not data.is_dir():
+        raise LayersenseError(f"{data}: is not there; give a folder or a file with --data")
+    captions = sorted((data / "annotations").glob("captions_*.json"))
+    for file in captions:
+        split = file.stem.removeprefix("captions_")
+        if (data / split).is_dir():
+            return _Data(
+                _name(data.resolve().name),
+                {"source": "coco", "root": str(data), "split": split, **_coco_rows(file)},
+                f"COCO, {split}",
+            )
+    if captions:
+        raise LayersenseError(
+            f"{captions[0]}: looks like COCO, but {data} has no image folder named like the split; "
+            "write the config by hand with the key `images` (config/README.md)"
+        )
+    tables = sorted(path for path in data.iterdir() if path.suffix.lower() in _TABLES)
+    if len(tables) == 1:
+        return _table(tables[0], data)
+    expected = (
+        "expected COCO's `annotations/captions_*.json`, or one CSV or JSONL table with `image` and "
+        "`text`, or one JSONL file with `text`"
+    )
+    found = ", ".join(path.name for path in tables) or "none of these"
+    raise LayersenseError(f"{data}: {expected}, found {found}; name the one file with --data")
+
+
+def _table(table: Path, folder: Path) -> _Data:
+    """Return the dataset of a table, which is read whole: its errors are better known now."""
+    from layersense.calibration.tables import read_table, read_texts
+
+    if table.suffix.lower() not in _TABLES:
+        raise LayersenseError(f"{table}: expected a .csv or .jsonl file")
+    if table.suffix.lower() != ".csv" and "image" not in _first_row(table):
+        count = len(read_texts(table).captions)
+        keys: dict[str, Any] = {"source": "text", "file": str(table), **_rows(count, table)}
+        return _Data(_name(table.stem), keys, f"{count} texts")
+    records = read_table(table, folder)
+    keys = {
+        "source": "images",
+        "images": str(folder),
+        "table": str(table),
+        **_rows(len(records.images), table),
+    }
+    return _Data(_name(folder.resolve().name), keys, f"{len(records.images)} photographs")
+
+
+def _first_row(path: Path) -> dict[str, Any]:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        line = next((line for line in file if line.strip()), "")
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise LayersenseError(
+            f"{path}: line 1 is no JSON object; expected one with `text`, or `image` and `text`"
+        )
+    return row
+
+
+def _coco_rows(captions: Path) -> dict[str, int]:
+    from layersense.calibration.records import decode, read_bytes
+
+    listing = decode(read_bytes(captions, "captions file"), dict, str(captions), "an object")
+    return _rows(len(listing.get("images", ())), captions)
+
+
+def _rows(units: int, file: Path) -> dict[str, int]:
+    """Return the sizes of the splits that so many photographs, or texts, fill.
+
+    Each has a row at least, so that both splits hold what is asked. Defaults are left out.
+    """
+    from layersense.calibration.sampling import HELDOUT_SHARE
+
+    if units < 10:
+        raise LayersenseError(
+            f"{file}: holds {units} photographs or texts, which is too few to measure on; give at "
+            "least 10, better some hundreds"
+        )
+    heldout = round(HELDOUT_SHARE * units)
+    rows = {"calibration": units - heldout, "heldout": heldout}
+    defaults = {"calibration": 512, "heldout": 64}
+    return {key: count for key, count in rows.items() if count < defaults[key]}
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+def _device() -> Literal["cuda", "cpu"]:
+    """Return ``cuda`` if the NVIDIA driver shows a GPU."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return "cuda" if pynvml.nvmlDeviceGetCount() else "cpu"
+    except pynvml.NVMLError:
+        return "cpu"
+
+
+def _name(text: str) -> str:
+    """Return the last part of a hub id or path as a name of the config, in lower case."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", text.rsplit("/", 1)[-1].lower()).strip("-._")
+    return name[:60] or "mine"
+
+
+def _schema_line(out: Path) -> Iterator[str]:
+    """Yield the line by which editors find the schema, if it is there."""
+    if SCHEMA.is_file():
+        relative = os.path.relpath(SCHEMA, out.parent.resolve())
+        yield f"# yaml-language-server: $schema={relative}"
+
+
+def _flow(value: Any) -> str:
+    """Return a mapping as YAML in one line, quoted where YAML needs it."""
+    return str(yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)).strip()
+
+
+def _entry(name: str, value: dict[str, Any]) -> str:
+    """Return an entry of a section as YAML in one line."""
+    return _flow({name: value})[1:-1]

@@ -1,0 +1,1 @@
+"""Manifests: schema, findings, reading those of others, Parquet tables."""

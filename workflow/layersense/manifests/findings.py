@@ -1,0 +1,548 @@
+"""Findings: the gotchas that a machine can see, so that no reader has to.
+
+Each detector looks at one thing and returns what it saw; :data:`DETECTORS` lists them all.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from layersense.manifests.schema import SUFFIX, Finding, LayerSensitivity, Manifest, plain_name
+from layersense.quantization.formats import NONE
+from layersense.scoring.scores import FormatScores, Scores
+
+Severity = Literal["error", "warning", "info"]
+
+CLAMPED = 1e20
+"""ModelOpt clamps g·ΔY to ±1e10 and squares it, so one clamped element alone makes this score."""
+HIGH_PADDING = 0.5
+"""Share of padding positions above which a batch is mostly padding."""
+TOP = 10
+"""Size of the set of most sensitive groups whose stability is judged."""
+UNSTABLE = 0.5
+"""Probability of another top set above which the ranking is called noisy."""
+RESAMPLES = 1000
+"""Bootstrap resamples of the batches."""
+MAX_REASONS = 3
+"""How many differing settings one sentence names."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What detectors look at.
+
+    Attributes:
+        scores: the score file.
+        manifest: the manifest without findings.
+        expected: format → the settings that the config asks for today.
+    """
+
+    scores: Scores
+    manifest: Manifest
+    expected: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def formats(self) -> dict[str, FormatScores]:
+        """The scheme's formats as measured, smallest first."""
+        return {name: self.scores.formats[name] for name in self.manifest.run}
+
+
+def find(evidence: Evidence) -> list[Finding]:
+    """Return all findings, the most severe first, otherwise in the order of the detectors."""
+    order = {"error": 0, "warning": 1, "info": 2}
+    found = [finding for detect in DETECTORS for finding in detect(evidence)]
+    return sorted(found, key=lambda finding: order[finding.severity])
+
+
+def not_finite(evidence: Evidence) -> Iterator[Finding]:
+    """A score is NaN or infinite."""
+    handles = [
+        handle
+        for handle, group in evidence.manifest.layer_sensitivity.items()
+        if any(score is None for score in group.scores)
+    ]
+    if handles:
+        names = _formats_where(evidence, handles, lambda score: score is None)
+        yield Finding(
+            code="score-not-finite",
+            severity="error",
+            what=f"{_count(handles, 'group')} scored NaN or infinity under {_and(names)}, "
+            "and left unquantized for that.",
+            why="An overflow in the model's dtype, a broken weight, or a format whose scales "
+            "overflow on these layers.",
+            fix="Score in bfloat16 or float32 (dtype of the run), and check these layers' weights "
+            "for NaN.",
+            layers=_strip(handles),
+        )
+
+
+def clamped(evidence: Evidence) -> Iterator[Finding]:
+    """A score is so large that ModelOpt's clamp was at work."""
+    handles = [
+        handle
+        for handle, group in evidence.manifest.layer_sensitivity.items()
+        if any(
+            value is not None and value >= CLAMPED for row in group.batch_scores for value in row
+        )
+    ]
+    if handles:
+        yield Finding(
+            code="score-clamped",
+            severity="error",
+            what=f"{_count(handles, 'group')} reached a score of 1e20 or more in one batch, where "
+            "ModelOpt cuts off.",
+            why="ModelOpt limits gradient × output error to ±1e10 for each element, so the true "
+            "score is larger and the order among these layers means nothing.",
+            fix="Leave these layers unquantized (exclude), and look for exploding gradients: wrong "
+            "dtype, wrong labels, or a model that does not fit the data.",
+            layers=_strip(handles),
+        )
+
+
+def other_settings(evidence: Evidence) -> Iterator[Finding]:
+    """A format was measured under other settings than the config asks for now."""
+    changes: list[tuple[str, str]] = []
+    for name, entry in evidence.formats.items():
+        if name not in evidence.expected:
+            continue
+        paths = [
+            f"{path} (measured {_show(old)}, now {_show(new)})"
+            for path, old, new in _differences(entry.settings, evidence.expected[name])
+        ]
+        if paths:
+            more = f" and {len(paths) - MAX_REASONS} more" if len(paths) > MAX_REASONS else ""
+            changes.append(("; ".join(paths[:MAX_REASONS]) + more, name))
+    for change, names in _grouped(changes).items():
+        yield Finding(
+            code="measured-with-other-settings",
+            severity="warning",
+            what=f"{_and(names)}: measured under other settings than the config asks for: "
+            f"{change}.",
+            why="The results are frozen (frozen: true), so nothing is measured again.",
+            fix="Trust these scores only for the settings they were measured under, or run "
+            "without frozen to measure again.",
+        )
+
+
+def subsystem_at_zero(evidence: Evidence) -> Iterator[Finding]:
+    """No group of a subsystem has a score other than zero."""
+    for subsystem, handles in _by_subsystem(evidence.manifest).items():
+        groups = [evidence.manifest.layer_sensitivity[handle] for handle in handles]
+        measured = [group for group in groups if len(group.formats) > 1]
+        if not measured or any(score != 0.0 for group in measured for score in group.scores):
+            continue
+        why, fix = _why_zero(evidence, subsystem, measured)
+        yield Finding(
+            code="subsystem-at-zero",
+            severity="warning",
+            what=f"All {len(groups)} groups of the {subsystem} subsystem have a score of zero: "
+            "this is no sign that they can be quantized.",
+            why=why,
+            fix=fix,
+            layers=_strip(handles),
+        )
+
+
+def unreached(evidence: Evidence) -> Iterator[Finding]:
+    """Single groups that the loss did not reach, in a subsystem that it did."""
+    for subsystem, handles in _by_subsystem(evidence.manifest).items():
+        sensitivity = evidence.manifest.layer_sensitivity
+        missed = [
+            handle
+            for handle in handles
+            if sensitivity[handle].reached != "scored" and len(sensitivity[handle].formats) > 1
+        ]
+        if not missed or len(missed) == len(handles):
+            continue
+        for reached in ("not_called", "no_gradient"):
+            concerned = [handle for handle in missed if sensitivity[handle].reached == reached]
+            if concerned:
+                why, fix = _why_missed(reached)
+                yield Finding(
+                    code="unreached-groups",
+                    severity="warning",
+                    what=f"{_count(concerned, 'group')} of the {subsystem} subsystem: no score.",
+                    why=why,
+                    fix=fix,
+                    layers=_strip(concerned),
+                )
+
+
+def measured_zero(evidence: Evidence) -> Iterator[Finding]:
+    """A group that the loss reached has a score of exactly zero under every format."""
+    at_zero = {name for found in subsystem_at_zero(evidence) for name in found.layers}
+    handles = [
+        handle
+        for handle, group in evidence.manifest.layer_sensitivity.items()
+        if group.reached == "scored"
+        and len(group.formats) > 1
+        and all(score == 0.0 for score in group.scores)
+        and handle.removesuffix(SUFFIX) not in at_zero
+    ]
+    if handles:
+        yield Finding(
+            code="zero-score",
+            severity="warning",
+            what=f"{_count(handles, 'group')} reached by the loss and still at exactly zero.",
+            why="The layer's output does not change under quantization, or its gradient is zero: "
+            "zero weights or inputs, or saturated activations.",
+            fix="Check that these layers do anything on your data before you quantize them.",
+            layers=_strip(handles),
+        )
+
+
+def never_searched(evidence: Evidence) -> Iterator[Finding]:
+    """Layers with weights that ModelOpt does not search."""
+    by_reason: dict[str, list[str]] = {}
+    for name, layer in evidence.scores.layers.items():
+        if layer.group is None:
+            by_reason.setdefault(layer.reason or "no reason was recorded", []).append(name)
+    for reason, names in by_reason.items():
+        share = sum(evidence.scores.layers[name].n_weights for name in names) / max(
+            1, sum(layer.n_weights for layer in evidence.scores.layers.values())
+        )
+        yield Finding(
+            code="never-searched",
+            severity="info",
+            what=f"{_count(names, 'layer')} with {share * 100:.1f} % of the weights: never "
+            "searched.",
+            why=f"{reason[:1].upper()}{reason[1:]}.",
+            fix="Nothing, if they may stay unquantized; they are no part of the effective bits.",
+            layers=names,
+        )
+
+
+def back_offs(evidence: Evidence) -> Iterator[Finding]:
+    """Something was reduced to fit into memory."""
+    for sentence, names in _grouped(
+        (sentence, name) for name, entry in evidence.formats.items() for sentence in entry.back_offs
+    ).items():
+        yield Finding(
+            code="reduced-for-memory",
+            severity="warning",
+            what=f"While {_and(names)} was measured: {sentence.rstrip('.')}.",
+            why="The device ran out of memory at what the config asks for.",
+            fix="Use a larger GPU, or set the smaller value in the run so that it is on purpose.",
+        )
+
+
+def simulated_kernels(evidence: Evidence) -> Iterator[Finding]:
+    """A format ran without ModelOpt's compiled extension."""
+    names = [name for name, entry in evidence.formats.items() if entry.kernel == "simulated"]
+    if names:
+        yield Finding(
+            code="simulated-kernel",
+            severity="warning",
+            what=f"{_and(names)}: simulated with torch operations, not with ModelOpt's "
+            "compiled CUDA extension.",
+            why="The extension could not be built; it needs nvcc, a C++ compiler and ninja.",
+            fix="The ranking is usually the same; for exact numbers install the cuda environment "
+            "(envs/) and score again.",
+        )
+
+
+def engine_warnings(evidence: Evidence) -> Iterator[Finding]:
+    """ModelOpt or the engine warned of something."""
+    for sentence, names in _grouped(
+        (sentence, name) for name, entry in evidence.formats.items() for sentence in entry.warnings
+    ).items():
+        yield Finding(
+            code="engine-warning",
+            severity="info",
+            what=f"While {_and(names)} was measured, a warning: {sentence.rstrip('.')}.",
+            why="ModelOpt or the scoring engine said so; the scores were kept.",
+            fix="Read the run's log under results/logs/ for what came before it.",
+        )
+
+
+def tied_weights(evidence: Evidence) -> Iterator[Finding]:
+    """Layers share one weight tensor."""
+    layers = evidence.scores.layers
+    for name, layer in layers.items():
+        if layer.tied_to is None:
+            continue
+        partner = layers.get(layer.tied_to)
+        if layer.group is None and (partner is None or partner.group is None):
+            continue
+        yield Finding(
+            code="tied-weights",
+            severity="warning",
+            what=f"{name} shares its weights with {layer.tied_to}.",
+            why="The two are one tensor. A format for one of them breaks the tie, so the "
+            "checkpoint keeps a second copy, and the predicted size misses it.",
+            fix="Exclude the searched one if size counts, or count the embedding's copy on top.",
+            layers=[name, layer.tied_to],
+        )
+
+
+def high_padding(evidence: Evidence) -> Iterator[Finding]:
+    """Most positions of the batches are padding."""
+    shares = {name: entry.batches.padding_share for name, entry in evidence.formats.items()}
+    if shares and max(shares.values()) > HIGH_PADDING:
+        yield Finding(
+            code="high-padding",
+            severity="warning",
+            what=f"{max(shares.values()) * 100:.0f} % of all positions in the scoring batches "
+            "are padding.",
+            why="Texts of very different length share a batch. Padding enters the calibrated "
+            "ranges and wastes time; it is never supervised.",
+            fix="Lower batch_size and calibration_batch_size, or use texts of similar length.",
+        )
+
+
+def truncated(evidence: Evidence) -> Iterator[Finding]:
+    """Texts were cut to the longest length allowed."""
+    cut, of = max(
+        (
+            (entry.batches.truncated, sum(entry.batches.samples))
+            for entry in evidence.formats.values()
+        ),
+        default=(0, 0),
+    )
+    if cut:
+        yield Finding(
+            code="truncated-texts",
+            severity="warning" if cut > 0.1 * of else "info",
+            what=f"{cut} of {of} texts were cut.",
+            why="They are longer than max_length of the run.",
+            fix="Raise max_length if the ends of your texts matter.",
+        )
+
+
+def few_batches(evidence: Evidence) -> Iterator[Finding]:
+    """Too few batches to estimate an error."""
+    fewest = min((len(entry.batches.tokens) for entry in evidence.formats.values()), default=2)
+    if fewest < 2:
+        yield Finding(
+            code="too-few-batches",
+            severity="warning",
+            what="The scores come from a single batch and have no standard error.",
+            why="Doubt is estimated from how much batches differ.",
+            fix="Raise score_samples or lower batch_size so that there are at least 8 batches.",
+        )
+
+
+def noisy_ranking(evidence: Evidence) -> Iterator[Finding]:
+    """Other batches might well have put other groups at the top.
+
+    A paired bootstrap over batches (Efron and Tibshirani, *An Introduction to the Bootstrap*,
+    ch. 6): all groups see the same batches, so a batch that raises all scores changes no order.
+    """
+    stability = ranking_stability(evidence)
+    if stability is None:
+        return
+    handles, probability, unsure = stability
+    if probability > UNSTABLE:
+        yield Finding(
+            code="noisy-ranking",
+            severity="warning",
+            what=f"With other batches of the same data, the {len(handles)} most sensitive groups "
+            f"would be others in {probability * 100:.0f} % of cases; {len(unsure)} of them "
+            "stand or fall with the noise.",
+            why="Their scores differ by less than the batches do.",
+            fix="Raise score_samples (four times as many halve the noise), or treat these groups "
+            "alike.",
+            layers=_strip(unsure),
+        )
+
+
+def trained_on_calibration(evidence: Evidence) -> Iterator[Finding]:
+    """The model has seen the rows that it is scored on."""
+    if evidence.scores.model.trained_on_calibration:
+        yield Finding(
+            code="trained-on-calibration",
+            severity="info",
+            what="The model was trained on the rows that it is scored on.",
+            why="It is the demo model, trained on both splits of the embedded sample so that its "
+            "scores mean something.",
+            fix="Nothing for the demo; never judge a real model on its training data.",
+        )
+
+
+def remote_code(evidence: Evidence) -> Iterator[Finding]:
+    """The checkpoint ran code of its own."""
+    model = evidence.scores.model
+    if model.trust_remote_code:
+        yield Finding(
+            code="remote-code",
+            severity="warning",
+            what=f"{model.id} ran Python code that came with the checkpoint.",
+            why="trust_remote_code is set for this model.",
+            fix="Read that code at revision "
+            f"{model.revision or 'of the directory'} before you trust model or scores.",
+        )
+
+
+def unfinished_budget(evidence: Evidence) -> Iterator[Finding]:
+    """The solver could not prove that its choice is the best."""
+    gap = evidence.manifest.autoquant_state.gap
+    if gap > 1e-3:
+        yield Finding(
+            code="unproven-choice",
+            severity="info",
+            what="A better choice within the budget may exist, by at most "
+            f"{gap * 100:.1f} % of the score.",
+            why="The problem is too large to be solved exactly; the gap is a proven bound.",
+            fix="Nothing: the doubt in the scores themselves is usually larger.",
+        )
+
+
+DETECTORS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
+    not_finite,
+    clamped,
+    other_settings,
+    subsystem_at_zero,
+    unreached,
+    measured_zero,
+    few_batches,
+    noisy_ranking,
+    back_offs,
+    simulated_kernels,
+    high_padding,
+    truncated,
+    tied_weights,
+    remote_code,
+    unfinished_budget,
+    never_searched,
+    trained_on_calibration,
+    engine_warnings,
+)
+"""Every detector; findings of equal severity stand in this order."""
+
+
+def ranking_stability(evidence: Evidence) -> tuple[list[str], float, list[str]] | None:
+    """Return how sure the set of most sensitive groups is.
+
+    Returns:
+        Handles of the set, the probability that other batches give another set, and those of its
+        members that stay in it in less than 90 % of cases; None where there is nothing to rank
+        or fewer than two batches.
+    """
+    ranking = [entry.name for entry in reversed(evidence.manifest.sensitivity_ranking)]
+    size = min(TOP, len(ranking) // 4)
+    counts = {len(entry.batches.tokens) for entry in evidence.formats.values()}
+    if not size or len(counts) != 1 or min(counts) < 2:
+        return None
+    # Far down the list nothing can reach the top: a resample multiplies a score by at most the
+    # number of batches.
+    (n_batches,) = counts
+    importance = {entry.name: entry.importance for entry in evidence.manifest.sensitivity_ranking}
+    floor = importance[ranking[size - 1]] / n_batches**2
+    near = [handle for handle in ranking if importance[handle] >= floor][: 50 * TOP]
+    random = np.random.default_rng(0)
+    weights = random.multinomial(n_batches, np.full(n_batches, 1 / n_batches), size=RESAMPLES).T
+    worst: npt.NDArray[np.float64] | None = None
+    for name, entry in evidence.formats.items():
+        rows = [
+            evidence.scores.formats[name].groups[handle].batch_scores
+            if handle in entry.groups
+            else [0.0] * n_batches
+            for handle in near
+        ]
+        totals = np.array(rows, dtype=np.float64) @ weights
+        resampled = totals / np.maximum(1, np.array(entry.batches.tokens) @ weights)
+        worst = resampled if worst is None else np.maximum(worst, resampled)
+    if worst is None:
+        return None
+    top = np.argsort(-worst, axis=0, kind="stable")[:size]
+    inside = np.array([(top == index).any(axis=0) for index in range(size)])
+    unsure = [near[index] for index in range(size) if inside[index].mean() < 0.9]
+    return near[:size], float(1 - inside.all(axis=0).mean()), unsure
+
+
+def _why_zero(
+    evidence: Evidence, subsystem: str, groups: Sequence[LayerSensitivity]
+) -> tuple[str, str]:
+    missed = {group.reached for group in groups}
+    if subsystem == "vision" and evidence.scores.dataset.modality == "text":
+        return (
+            "The calibration data is text alone, so the vision tower never ran.",
+            "Measure with modality image_text on a dataset with images.",
+        )
+    if len(missed) == 1 and "scored" not in missed:
+        return _why_missed(missed.pop())
+    if "scored" in missed:
+        return (
+            "Gradients reach it and are zero, or quantization does not change its outputs.",
+            "Check labels and loss: does the task's output depend on this subsystem at all?",
+        )
+    return (
+        "Some of its layers were never run, and no gradient of the loss reaches the others.",
+        "Use data and a task whose loss depends on this subsystem.",
+    )
+
+
+def _why_missed(reached: str) -> tuple[str, str]:
+    if reached == "not_called":
+        return (
+            "No calibration sample ran these layers.",
+            "Add data that exercises them (images for a vision tower, more text for rare "
+            "experts), or keep them unquantized.",
+        )
+    return (
+        "They ran, but no gradient of the loss reaches them.",
+        "Use a loss that depends on their output, look for frozen or detached parts in the "
+        "model's code, or measure with method kl_div.",
+    )
+
+
+def _by_subsystem(manifest: Manifest) -> dict[str, list[str]]:
+    return _grouped(
+        (group.subsystem, handle) for handle, group in manifest.layer_sensitivity.items()
+    )
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    result: dict[str, list[str]] = {}
+    for key, value in pairs:
+        result.setdefault(key, []).append(value)
+    return result
+
+
+def _formats_where(
+    evidence: Evidence, handles: Iterable[str], wanted: Callable[[float | None], bool]
+) -> list[str]:
+    groups = [evidence.manifest.layer_sensitivity[handle] for handle in handles]
+    return list(
+        dict.fromkeys(
+            plain_name(label)
+            for group in groups
+            for label, score in zip(group.formats, group.scores, strict=True)
+            if wanted(score) and plain_name(label) != NONE
+        )
+    )
+
+
+_ABSENT = object()
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield key path, old and new value of everything that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            below = f"{path}.{key}" if path else str(key)
+            yield from _differences(old.get(key, _ABSENT), new.get(key, _ABSENT), below)
+    elif isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        if list(old) != list(new):
+            yield path, old, new
+    elif old is _ABSENT or new is _ABSENT or old != new:
+        yield path, old, new
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is _ABSENT else str(value)
+
+
+def _strip(handles: Iterable[str]) -> list[str]:
+    return [handle.removesuffix(SUFFIX) for handle in handles]
+
+
+def _count(items: Sequence[str], word: str) -> str:
+    return f"{len(items)} {word}{'' if len(items) == 1 else 's'}"
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,294 @@
+"""Tidy Parquet tables of manifests: one scheme, all schemes, all runs."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from layersense.errors import LayersenseError
+from layersense.files import atomic_path, canonical_json
+from layersense.manifests.read import NormalGroup, NormalManifest, read_manifest
+from layersense.quantization.formats import NONE
+
+TABLE_VERSION = 1
+BYTES_PER_COST = 2
+"""ModelOpt's cost is elements × bits / 16, that is, units of two bytes."""
+
+_NAME = pa.dictionary(pa.int32(), pa.string())
+
+UNITS = {
+    "block": "index of the block in its subsystem",
+    "format_bits": "bits per weight, scales included",
+    "n_weights": "elements",
+    "score": "per supervised token (per sample where there are none), as measured",
+    "score_se": "standard error of score, from the batches",
+    "score_solver": "score, made monotone over the scheme's formats by compression",
+    "score_share": "of the total in this run, scheme and format, 0 to 1",
+    "rank": "1 = most sensitive in this run, scheme and format",
+    "cost": "elements × bits / 16, that is, units of 2 bytes",
+    "cost_none": "cost of the unquantized group",
+    "score_per_mb_saved": "score for each 10^6 bytes saved against NONE",
+}
+
+LAYERS = pa.schema(
+    [
+        *((name, _NAME) for name in ("run", "model", "dataset", "modality", "method", "task")),
+        *((name, _NAME) for name in ("scheme", "layer", "handle")),
+        ("module_names", pa.list_(pa.string())),
+        ("subsystem", _NAME),
+        ("block", pa.int32()),
+        *((name, _NAME) for name in ("kind", "reached", "format", "weight_format", "act_format")),
+        ("format_bits", pa.float64()),
+        ("n_weights", pa.int64()),
+        *((name, pa.float64()) for name in ("score", "score_se", "score_solver", "score_share")),
+        ("rank", pa.int32()),
+        ("n_batches", pa.int32()),
+        *((name, pa.float64()) for name in ("cost", "cost_none", "score_per_mb_saved")),
+        ("selected", pa.bool_()),
+    ],
+    metadata={
+        "layersense.table": "layers",
+        "layersense.schema_version": str(TABLE_VERSION),
+        "layersense.units": canonical_json(UNITS),
+    },
+)
+"""One row for each run, scheme, layer group and format; ``NONE`` included."""
+
+RUN_UNITS = {
+    "effective_bits_asked": "average bits per searched weight",
+    "effective_bits": "average bits per searched weight, of the choice",
+    "bytes_before": "bytes of the searched weights, unquantized at 16 bits",
+    "bytes_after": "bytes of the searched weights under the choice, scales included",
+    "predicted_damage": "total score of the choice",
+    "gap": "share of predicted_damage by which the choice could be improved at most",
+    "searched_weights": "elements",
+    "top_share": "share of the most sensitive group in the importance of all, 0 to 1",
+    "subsystem_shares": "share of each of `subsystems` in the importance of all, 0 to 1; "
+    "null without a score",
+}
+
+RUNS = pa.schema(
+    [
+        *((name, _NAME) for name in ("run", "scheme", "model", "model_id", "dataset")),
+        *((name, _NAME) for name in ("modality", "method", "engine", "task")),
+        ("quant_formats", pa.list_(pa.string())),
+        *((name, pa.float64()) for name in ("effective_bits_asked", "effective_bits")),
+        *((name, pa.float64()) for name in ("bytes_before", "bytes_after", "predicted_damage")),
+        ("gap", pa.float64()),
+        *((name, pa.int64()) for name in ("groups", "groups_quantized", "groups_unreached")),
+        *((name, pa.int64()) for name in ("searched_weights", "n_parameters", "score_samples")),
+        *((name, pa.int32()) for name in ("errors", "warnings", "infos")),
+        ("top_layer", _NAME),
+        ("top_share", pa.float64()),
+        ("subsystems", pa.list_(pa.string())),
+        ("subsystem_shares", pa.list_(pa.float64())),
+    ],
+    metadata={
+        "layersense.table": "runs",
+        "layersense.schema_version": str(TABLE_VERSION),
+        "layersense.units": canonical_json(RUN_UNITS),
+    },
+)
+"""One row for each run and scheme."""
+
+
+def layers_table(manifest: NormalManifest) -> pa.Table:
+    """Return the tidy table of one manifest: columns :data:`LAYERS`, groups in model order."""
+    shares, ranks = _shares_and_ranks(manifest)
+    rows = []
+    for group in manifest.groups:
+        cost_none = _cost_none(group)
+        for index, name in enumerate(group.formats):
+            run = manifest.formats.get(name)
+            score, cost = group.scores[index], group.costs[index]
+            saved = (
+                (cost_none - cost) * BYTES_PER_COST / 1e6
+                if cost_none is not None and cost is not None
+                else 0.0
+            )
+            rows.append(
+                {
+                    "run": manifest.run,
+                    "model": manifest.model,
+                    "dataset": manifest.dataset,
+                    "modality": manifest.modality,
+                    "method": manifest.method,
+                    "task": manifest.task,
+                    "scheme": manifest.scheme,
+                    "layer": group.layer,
+                    "handle": group.handle,
+                    "module_names": group.module_names,
+                    "subsystem": group.subsystem,
+                    "block": group.block,
+                    "kind": group.kind,
+                    "reached": group.reached,
+                    "format": name,
+                    "weight_format": run.weight_format if run else NONE if name == NONE else None,
+                    "act_format": run.act_format if run else NONE if name == NONE else None,
+                    "format_bits": group.bits[index],
+                    "n_weights": group.n_weights,
+                    "score": score,
+                    "score_se": group.scores_se[index],
+                    "score_solver": group.scores_solver[index],
+                    "score_share": shares.get((group.handle, name)),
+                    "rank": ranks.get((group.handle, name)),
+                    "n_batches": group.n_batches[index],
+                    "cost": cost,
+                    "cost_none": cost_none,
+                    "score_per_mb_saved": score / saved
+                    if score is not None and saved > 0
+                    else None,
+                    "selected": None if group.selected is None else group.selected == name,
+                }
+            )
+    return _table(rows, LAYERS)
+
+
+def runs_table(manifests: Iterable[NormalManifest]) -> pa.Table:
+    """Return the table with one row for each manifest: columns :data:`RUNS`, in that order."""
+    return _table([_run_row(manifest) for manifest in manifests], RUNS)
+
+
+def write_layers(manifest: str | Path, out: str | Path) -> None:
+    """Write the table of one manifest.
+
+    Raises:
+        LayersenseError: the manifest cannot be read.
+    """
+    table = layers_table(read_manifest(manifest))
+    with atomic_path(out) as temporary, _writer(temporary, LAYERS) as writer:
+        writer.write_table(table)
+
+
+def write_sensitivity(tables: Sequence[str | Path], out: str | Path) -> None:
+    """Concatenate ``layers.parquet`` files, a row group each, never all in memory.
+
+    Raises:
+        LayersenseError: a table cannot be read or has other columns.
+    """
+    with atomic_path(out) as temporary, _writer(temporary, LAYERS) as writer:
+        for path in tables:
+            try:
+                file = pq.ParquetFile(path)
+            except (OSError, pa.ArrowInvalid) as error:
+                raise LayersenseError(
+                    f"{path}: cannot be read as a Parquet table ({error}); delete it and run "
+                    "`snakemake` again"
+                ) from error
+            with file:
+                if not file.schema_arrow.equals(LAYERS):
+                    raise LayersenseError(
+                        f"{path}: has other columns than this layersense writes; delete it and "
+                        "run `snakemake` again"
+                    )
+                for index in range(file.num_row_groups):
+                    writer.write_table(file.read_row_group(index).cast(LAYERS))
+
+
+def write_runs(manifests: Sequence[str | Path], out: str | Path) -> None:
+    """Write the table with one row for each manifest.
+
+    Raises:
+        LayersenseError: a manifest cannot be read.
+    """
+    table = runs_table(read_manifest(path) for path in manifests)
+    with atomic_path(out) as temporary, _writer(temporary, RUNS) as writer:
+        writer.write_table(table)
+
+
+def read_units(path: str | Path) -> dict[str, str]:
+    """Return column → unit of a table that layersense wrote."""
+    units: dict[str, str] = json.loads(pq.read_schema(path).metadata[b"layersense.units"])
+    return units
+
+
+def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=True)
+
+
+def _cost_none(group: NormalGroup) -> float | None:
+    return group.costs[group.formats.index(NONE)] if NONE in group.formats else None
+
+
+def _shares_and_ranks(
+    manifest: NormalManifest,
+) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], int]]:
+    by_format: dict[str, list[tuple[str, float]]] = {}
+    for group in manifest.groups:
+        if group.reached not in (None, "scored"):
+            continue
+        for name, score in zip(group.formats, group.scores, strict=True):
+            if name != NONE and score is not None:
+                by_format.setdefault(name, []).append((group.handle, score))
+    shares: dict[tuple[str, str], float] = {}
+    ranks: dict[tuple[str, str], int] = {}
+    for name, entries in by_format.items():
+        total = sum(score for _, score in entries)
+        ordered = sorted(entries, key=lambda entry: -entry[1])  # equal ones stay in model order
+        for rank, (handle, score) in enumerate(ordered, start=1):
+            ranks[handle, name] = rank
+            if total > 0:
+                shares[handle, name] = score / total
+    return shares, ranks
+
+
+def _run_row(manifest: NormalManifest) -> dict[str, Any]:
+    own = manifest.own
+    importance = {
+        group.handle: value for group in manifest.groups if (value := group.importance) is not None
+    }
+    total = sum(importance.values())
+    top = max(manifest.groups, key=lambda group: importance.get(group.handle, -1.0), default=None)
+    subsystems: dict[str, float | None] = dict.fromkeys(g.subsystem for g in manifest.groups)
+    for group in manifest.groups:
+        if group.handle in importance:
+            so_far = subsystems[group.subsystem] or 0.0
+            subsystems[group.subsystem] = so_far + importance[group.handle]
+    before = [_cost_none(group) for group in manifest.groups]
+    known = [cost for cost in before if cost is not None]
+    bytes_before = BYTES_PER_COST * sum(known) if len(known) == len(before) else None
+    selected = [group.selected for group in manifest.groups]
+    severities = [finding.severity for finding in own.findings] if own else None
+    return {
+        "run": manifest.run,
+        "scheme": manifest.scheme,
+        "model": manifest.model,
+        "model_id": own.model.id if own else None,
+        "dataset": manifest.dataset,
+        "modality": manifest.modality,
+        "method": manifest.method,
+        "engine": next((run.engine for run in manifest.formats.values()), None),
+        "task": manifest.task,
+        "quant_formats": own.scheme.quant_formats if own else None,
+        "effective_bits_asked": manifest.effective_bits_asked,
+        "effective_bits": manifest.effective_bits,
+        "bytes_before": bytes_before,
+        "bytes_after": BYTES_PER_COST * own.autoquant_state.cost if own else None,
+        "predicted_damage": manifest.score,
+        "gap": own.autoquant_state.gap if own else None,
+        "groups": len(manifest.groups),
+        "groups_quantized": sum(name != NONE for name in selected) if own else None,
+        "groups_unreached": (
+            sum(group.reached != "scored" for group in manifest.groups) if own else None
+        ),
+        "searched_weights": sum(group.n_weights or 0 for group in manifest.groups) if own else None,
+        "n_parameters": own.model.n_parameters if own else None,
+        "score_samples": own.dataset.score_samples if own else None,
+        "errors": severities.count("error") if severities is not None else None,
+        "warnings": severities.count("warning") if severities is not None else None,
+        "infos": severities.count("info") if severities is not None else None,
+        "top_layer": top.layer if top and top.handle in importance else None,
+        "top_share": importance[top.handle] / total if top and total > 0 else None,
+        "subsystems": list(subsystems),
+        "subsystem_shares": [
+            value / total if value is not None and total > 0 else None
+            for value in subsystems.values()
+        ],
+    }

@@ -1,0 +1,1 @@
+"""Checkpoints, tasks and the demo model."""

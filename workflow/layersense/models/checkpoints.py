@@ -1,0 +1,372 @@
+"""Find, fetch and inspect checkpoints without loading them (no torch)."""
+
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from layersense.config import DemoModel, Model
+from layersense.errors import LayersenseError
+from layersense.files import atomic_write, digest_file, digest_json
+
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+"""Names of safetensors' element types in torch; the others hold no weights that are scored."""
+_UNQUANTIZED = ("bfloat16", "float16", "float32")
+_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+"""The files of a checkpoint that matter: weights, configs, tokenizer, chat template."""
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+class Checkpoint(msgspec.Struct, kw_only=True, frozen=True):
+    """A checkpoint on this machine: what ``model.json`` holds."""
+
+    path: str
+    """Directory with ``config.json`` and the safetensors."""
+    id: str
+    """Hub id or directory, as the config says it; ``demo`` for the demo model."""
+    revision: str | None
+    """Commit on the hub; None for a directory."""
+    digest: str
+    """SHA-256 over the names and bytes of all files that matter."""
+    task: str
+    """Task, as the config says it."""
+    architecture: str
+    """Class in transformers, such as ``Qwen2_5_VLForConditionalGeneration``."""
+    n_parameters: int
+    """Elements of all stored tensors; tied weights are stored once."""
+    dtype: str
+    """Type of most of its weights, such as ``bfloat16``."""
+    trust_remote_code: bool
+    """Whether code that comes with it may run."""
+    trained_on_calibration: bool = False
+    """True for the demo model, which has seen the very rows it is scored on."""
+    size_bytes: int
+    """Bytes of the safetensors files."""
+
+
+def resolve(name: str, model: Model, demo_checkpoint: Path | None = None) -> Checkpoint:
+    """Fetch a model if it is on the hub, and inspect it.
+
+    Args:
+        name: the model's name in the config, for error messages.
+        model: its entry in the config.
+        demo_checkpoint: where the demo model was built; needed for that alone.
+
+    Raises:
+        LayersenseError: it cannot be found, fetched or used.
+    """
+    if isinstance(model, DemoModel):
+        if demo_checkpoint is None:
+            raise ValueError("the demo model is resolved from where it was built")
+        return inspect(
+            demo_checkpoint, id="demo", revision=None, model=model, trained_on_calibration=True
+        )
+    if folder := _as_directory(model.checkpoint):
+        if model.revision is not None:
+            raise LayersenseError(
+                f"models.{name}.revision: {model.checkpoint} is a directory, which has no "
+                "revisions; remove the key"
+            )
+        return inspect(folder, id=model.checkpoint, revision=None, model=model)
+    folder = _fetch(name, model.checkpoint, model.revision, model.trust_remote_code)
+    return inspect(folder, id=model.checkpoint, revision=folder.name, model=model)
+
+
+def inspect(
+    folder: Path,
+    *,
+    id: str,
+    revision: str | None,
+    model: Model,
+    trained_on_calibration: bool = False,
+) -> Checkpoint:
+    """Read a checkpoint's config and safetensors headers, and hash its files.
+
+    Args:
+        folder: directory of the checkpoint.
+        id: hub id or directory, as the config says it.
+        revision: commit on the hub, or None.
+        model: its entry in the config.
+        trained_on_calibration: whether it has seen the rows it is scored on.
+
+    Raises:
+        LayersenseError: a file is missing or broken, only pickled weights are there, it is
+            quantized already, needs remote code, or does another task.
+    """
+    config = read_config(folder)
+    architecture = _architecture(folder, config)
+    _check_code(folder, config, model.trust_remote_code)
+    _check_task(folder, config, architecture, model.task)
+    if "quantization_config" in config or "compression_config" in config:
+        raise LayersenseError(
+            f"{folder / 'config.json'}: the checkpoint is quantized already "
+            "(`quantization_config`); give the original in bfloat16, float16 or float32"
+        )
+    weights = _weight_files(folder)
+    elements = _count_elements(weights)
+    dtype = elements.most_common(1)[0][0]
+    if dtype not in _UNQUANTIZED:
+        raise LayersenseError(
+            f"{weights[0]}: most weights are {dtype}, which is quantized or unknown; give the "
+            "original in bfloat16, float16 or float32"
+        )
+    patterns = [*_PATTERNS[1:], *(["*.py"] if model.trust_remote_code else [])]
+    others = [path for pattern in patterns for path in folder.glob(pattern)]
+    return Checkpoint(
+        path=str(folder),
+        id=id,
+        revision=revision,
+        digest=digest_json({path.name: digest_file(path) for path in (*weights, *others)}),
+        task=model.task,
+        architecture=architecture,
+        n_parameters=elements.total(),
+        dtype=dtype,
+        trust_remote_code=model.trust_remote_code,
+        trained_on_calibration=trained_on_calibration,
+        size_bytes=sum(path.stat().st_size for path in weights),
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's ``config.json``.
+
+    Raises:
+        LayersenseError: the folder or the file is missing, or it is no JSON object.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise LayersenseError(
+            f"{folder}: there is no such directory; correct `checkpoint` of the model"
+        )
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise LayersenseError(
+            f"{folder}: holds no config.json, so it is no checkpoint in Hugging Face form; give "
+            "the folder that `save_pretrained` wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise LayersenseError(
+            f"{path}: is not readable as JSON ({error}); copy it again from the original checkpoint"
+        ) from error
+    if not isinstance(config, dict):
+        raise LayersenseError(
+            f"{path}: is not a JSON object; copy it again from the original checkpoint"
+        )
+    return config
+
+
+def guess_task(config: dict[str, Any]) -> str:
+    """Return the task of a checkpoint from its ``config.json``.
+
+    Raises:
+        LayersenseError: no task fits.
+    """
+    architecture = str((config.get("architectures") or ["?"])[0])
+    if _sees(config):
+        return "image-text-to-text"
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal-lm"
+    raise LayersenseError(
+        f"architecture {architecture}: is neither a language model (…ForCausalLM) nor a "
+        "vision-language model (with a `vision_config`), and layersense has no other tasks yet"
+    )
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read ``results/models/{model}/model.json``.
+
+    Raises:
+        LayersenseError: it is missing or not of this schema.
+    """
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=Checkpoint)
+    except FileNotFoundError as error:
+        raise LayersenseError(f"{path}: there is no such file; run `snakemake {path}`") from error
+    except msgspec.MsgspecError as error:
+        raise LayersenseError(
+            f"{path}: is not a model record of layersense ({error}); delete it and run "
+            f"`snakemake {path}`"
+        ) from error
+
+
+def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write ``results/models/{model}/model.json`` atomically."""
+    atomic_write(path, msgspec.json.format(msgspec.json.encode(checkpoint), indent=1) + b"\n")
+
+
+def _as_directory(checkpoint: str) -> Path | None:
+    """Return the directory that ``checkpoint`` names, or None if it is a hub id."""
+    path = Path(checkpoint).expanduser()
+    if checkpoint.startswith((".", "/", "~")) or path.is_dir():
+        return path
+    return None
+
+
+def _fetch(name: str, hub_id: str, revision: str | None, remote_code: bool) -> Path:
+    """Download what matters of a hub repository and return the folder, named by its commit."""
+    import httpx
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():  # a log file
+        disable_progress_bars()
+    key = f"models.{name}.checkpoint"
+    at = f"{hub_id} at revision {revision}" if revision else hub_id
+    try:
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=[*_PATTERNS, *(["*.py"] if remote_code else [])],
+                # Sub-folders and consolidated files hold the weights again, for other libraries.
+                ignore_patterns=["*/*", "consolidated*.safetensors"],
+            )
+        )
+    except errors.HFValidationError as error:
+        raise LayersenseError(
+            f"{key}: {hub_id} is neither a directory nor a hub id; write a directory as ./…, /… "
+            "or ~/…, a hub id as owner/name"
+        ) from error
+    except errors.GatedRepoError as error:
+        raise LayersenseError(
+            f"{key}: {hub_id} is gated; accept its conditions on https://huggingface.co/{hub_id} "
+            "and log in with `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise LayersenseError(
+            f"models.{name}.revision: {hub_id} has no branch, tag or commit {revision}; correct it"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise LayersenseError(
+            f"{key}: there is no {hub_id} on the hub, or it is private; correct the id, write a "
+            "directory as ./…, or log in with `hf auth login`"
+        ) from error
+    except (errors.LocalEntryNotFoundError, httpx.TransportError) as error:
+        raise LayersenseError(
+            f"{key}: {at} is not in the local cache and the hub cannot be reached; connect to "
+            "the network, or give a directory as ./…"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        fix = (
+            "log in with `hf auth login` as a user who may read it"
+            if status in (401, 403)
+            else "try again later"
+        )
+        raise LayersenseError(f"{key}: the hub refused {at} with status {status}; {fix}") from error
+    except OSError as error:
+        raise LayersenseError(
+            f"{key}: {at} cannot be stored ({error.strerror or error}); free disk space, or set "
+            "HF_HOME to a folder with more"
+        ) from error
+
+
+def _architecture(folder: Path, config: dict[str, Any]) -> str:
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise LayersenseError(
+            f"{folder / 'config.json'}: names no `architectures`; copy it again from the original "
+            "checkpoint"
+        )
+    return str(names[0])
+
+
+def _check_code(folder: Path, config: dict[str, Any], trusted: bool) -> None:
+    if "auto_map" in config and not trusted:
+        raise LayersenseError(
+            f"{folder / 'config.json'}: the checkpoint comes with Python code of its own "
+            "(`auto_map`); read that code, then set `trust_remote_code: true` of the model"
+        )
+
+
+def _sees(config: dict[str, Any]) -> bool:
+    return any(key.startswith(("vision", "image", "visual")) for key in config)
+
+
+def _check_task(folder: Path, config: dict[str, Any], architecture: str, task: str) -> None:
+    """Refuse the common mistakes early; loading the model checks the rest."""
+    if task == "causal-lm" and _sees(config):
+        raise LayersenseError(
+            f"{folder}: {architecture} is a vision-language model; set `task: image-text-to-text` "
+            "(and `modality: text` of the run to score it on texts alone)"
+        )
+    if task == "image-text-to-text" and not _sees(config):
+        raise LayersenseError(f"{folder}: {architecture} reads no images; set `task: causal-lm`")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that transformers would load, all present."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise LayersenseError(
+                f"{index}: is not an index of safetensors files ({error}); copy it again from the "
+                "original checkpoint"
+            ) from error
+        for name in names:
+            if not (folder / name).is_file():
+                raise LayersenseError(
+                    f"{folder / name}: is named in {index.name} but missing; copy it from the "
+                    "original checkpoint"
+                )
+        return [folder / name for name in names]
+    if (folder / "adapter_model.safetensors").is_file():
+        raise LayersenseError(
+            f"{folder}: holds an adapter alone; merge it into its base model "
+            "(`merge_and_unload`) and save that"
+        )
+    if shards := sorted(folder.glob("*.safetensors")):
+        raise LayersenseError(
+            f"{folder}: holds {shards[0].name} but neither model.safetensors nor {index.name}; "
+            "copy what is missing from the original checkpoint"
+        )
+    if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
+        raise LayersenseError(
+            f"{folder}: holds only pickled weights ({pickles[0]}), which can run code when they "
+            "are loaded; convert them with `save_pretrained`, which writes safetensors"
+        )
+    raise LayersenseError(
+        f"{folder}: holds no safetensors weights (pickled ones, which can run code when they are "
+        "loaded, are not fetched); give a checkpoint with model.safetensors"
+    )
+
+
+def _count_elements(files: list[Path]) -> Counter[str]:
+    """Return torch type → elements over all tensors, having checked that no file is cut short."""
+    from safetensors import SafetensorError, safe_open
+
+    counts: Counter[str] = Counter()
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy") as file:  # reads the header alone
+                for key in file.keys():  # noqa: SIM118 (it is no mapping)
+                    tensor = file.get_slice(key)
+                    dtype = tensor.get_dtype()
+                    counts[_DTYPES.get(dtype, dtype)] += math.prod(tensor.get_shape())
+        except (OSError, SafetensorError) as error:
+            raise LayersenseError(
+                f"{path}: is not a whole safetensors file ({error}); copy it again from the "
+                "original checkpoint"
+            ) from error
+    if not counts.total():
+        raise LayersenseError(
+            f"{files[0]}: holds no weights; copy it again from the original checkpoint"
+        )
+    return counts

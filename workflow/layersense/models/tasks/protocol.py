@@ -1,0 +1,153 @@
+"""What a task is: how to load a model, what a batch holds, what the loss is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from layersense.errors import LayersenseError
+from layersense.models.checkpoints import Checkpoint
+
+if TYPE_CHECKING:
+    from layersense.calibration.database import Row
+    from layersense.calibration.sampling import Unit
+    from layersense.quantization.layers import LayerName
+
+IGNORED = -100
+"""The label of a position that does not enter the loss."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How rows become batches; the part of a run that a task needs."""
+
+    max_length: int
+    """Longest sequence in tokens."""
+    modality: str
+    """``image_text`` or ``text``."""
+    prompt: str = "Describe the image."
+    """What the user's turn says."""
+    min_pixels: int | None = None
+    """Smallest image in pixels after resizing; None is the processor's own."""
+    max_pixels: int | None = None
+    """Largest image in pixels after resizing; None is the processor's own."""
+    seed: int = 0
+    """For tasks that draw at random; those here do not."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples, ready for a model of B × T tokens."""
+
+    inputs: dict[str, Tensor]
+    """Keyword arguments of the model's forward; ``input_ids`` has shape (B, T)."""
+    labels: Tensor
+    """Token ids, shape (B, T); ``IGNORED`` where nothing is supervised."""
+    n_tokens: int
+    """Supervised tokens: those that enter the loss, after the shift by one position."""
+    n_samples: int
+    """Samples: B."""
+    n_padding: int
+    """Positions that only fill up a row."""
+    n_truncated: int
+    """Samples that were cut to ``max_length``."""
+
+    @property
+    def n_positions(self) -> int:
+        """All positions, padding included: B × T."""
+        return self.labels.numel()
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
+        """Return the batch on ``device``, its floating-point inputs as ``dtype``.
+
+        The tensors are detached: ``requires_grad_`` on them leaves this batch as it is.
+        """
+        return replace(
+            self,
+            inputs={
+                key: value.detach().to(device, dtype if value.is_floating_point() else None)
+                for key, value in self.inputs.items()
+            },
+            labels=self.labels.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode on its device, with what prepares its inputs."""
+
+    model: nn.Module
+    processor: Any
+    """The checkpoint's processor, or its tokenizer where it has no other."""
+    name: str
+    """The checkpoint's id, for error messages."""
+    warnings: tuple[str, ...] = ()
+    """What was odd about the checkpoint, one sentence each."""
+
+
+class Task(Protocol):
+    """One kind of model. Each task is one file, and stateless."""
+
+    @property
+    def name(self) -> str:
+        """The task's name in the config."""
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """What its batches may hold; see :class:`Sampling`."""
+
+    def unit(self, modality: str) -> Unit:
+        """Return the calibration database's unit that makes one row of ``modality``."""
+
+    def load(self, checkpoint: Checkpoint, *, dtype: str, device: torch.device | str) -> Loaded:
+        """Load a checkpoint for scoring, without network.
+
+        Args:
+            checkpoint: what :func:`layersense.models.checkpoints.resolve` found.
+            dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16`` or ``float32``.
+            device: where the weights go.
+
+        Raises:
+            LayersenseError: it is no model of this task, weights are missing or not finite.
+        """
+
+    def batches(
+        self, loaded: Loaded, rows: Sequence[Row], sampling: Sampling, batch_size: int
+    ) -> Sequence[Batch]:
+        """Return the batches of ``rows``, in row order, on the CPU.
+
+        The same arguments always give the same batches, and the samples do not depend on
+        ``batch_size``. All rows are checked before this returns.
+
+        Raises:
+            LayersenseError: a row cannot be used.
+        """
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """Run the model; the batch is on its device."""
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        """Return the batch's loss, **summed** over its supervised tokens, as a float32 scalar."""
+
+    def supervised_logits(self, output: Any, batch: Batch) -> Tensor:
+        """Return the logits that the loss reads, shape (n_tokens, vocabulary), float32."""
+
+    def describe(self, module_names: Sequence[str]) -> LayerName:
+        """Return subsystem, block and kind of a layer group."""
+
+
+def check_modality(task: Task, modality: str) -> None:
+    """Raise unless ``task`` has batches of ``modality``.
+
+    Raises:
+        LayersenseError: it has none.
+    """
+    if modality not in task.modalities:
+        raise LayersenseError(
+            f"modality {modality}: a model of task {task.name} takes "
+            f"{' or '.join(sorted(task.modalities))}; set `modality` of the run to that"
+        )

@@ -1,0 +1,81 @@
+"""What the tasks that predict the next token share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from layersense.models.tasks.protocol import IGNORED, Batch
+
+SampleT = TypeVar("SampleT")
+
+
+def supervised_logits(output: Any, batch: Batch) -> Tensor:
+    """Return the logits that predict a supervised token, shape (n_tokens, vocabulary), float32.
+
+    The logits at position t predict the token at t + 1.
+    """
+    supervised = batch.labels[:, 1:] != IGNORED
+    logits: Tensor = output.logits[:, :-1][supervised]
+    return logits.float()
+
+
+def summed_cross_entropy(output: Any, batch: Batch) -> Tensor:
+    """Return the cross entropy in nats, summed over the supervised tokens, a float32 scalar."""
+    targets = batch.labels[:, 1:]
+    return functional.cross_entropy(
+        supervised_logits(output, batch), targets[targets != IGNORED], reduction="sum"
+    )
+
+
+def count_supervised(labels: Tensor) -> int:
+    """Return how many labels, shape (B, T), enter the loss: the first position never does."""
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+class LazyBatches(Sequence[Batch], Generic[SampleT]):
+    """Batches that are put together when they are asked for.
+
+    Every row is prepared once at the start, so that a bad row is told before any scoring. What
+    fits into ``cache_bytes`` is kept, the rest is prepared anew whenever it is read.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        batch_size: int,
+        *,
+        prepare: Callable[[int], SampleT],
+        size: Callable[[SampleT], int],
+        collate: Callable[[Sequence[SampleT]], Batch],
+        cache_bytes: int,
+    ) -> None:
+        self._n_rows, self._batch_size = n_rows, batch_size
+        self._prepare, self._collate = prepare, collate
+        self._kept: dict[int, SampleT] = {}
+        for index in range(n_rows):
+            sample = prepare(index)
+            cache_bytes -= size(sample)
+            if cache_bytes >= 0:
+                self._kept[index] = sample
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return -(-self._n_rows // self._batch_size)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one batch, or the batches of a slice."""
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        rows = range(self._n_rows)[position * self._batch_size :][: self._batch_size]
+        return self._collate(
+            [self._kept[row] if row in self._kept else self._prepare(row) for row in rows]
+        )
+
+
+def pad_right(tensors: Sequence[Tensor], value: int) -> Tensor:
+    """Stack vectors of lengths ≤ T into (B, T), filling up with ``value`` on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(tensors), batch_first=True, padding_value=value)

@@ -1,0 +1,87 @@
+"""Every path under ``results/``, in one place.
+
+Each function takes names, or Snakemake wildcards such as ``"{run}"``, and returns a path relative
+to the working directory.
+"""
+
+RESULTS = "results"
+
+RESERVED_RUNS = frozenset(
+    {
+        "calibration",
+        "models",
+        "logs",
+        "benchmarks",
+        "sensitivity.parquet",
+        "runs.parquet",
+        "index.html",
+        "summary.md",
+        "readme.md",
+    }
+)
+"""Names (in lower case) that a run may not take: they are files or folders of the workflow."""
+
+RESERVED_SCHEMES = frozenset(
+    {"scores.json", "measured.json", "verification.json", "verification.parquet"}
+)
+"""Names (in lower case) that a scheme may not take, for the same reason."""
+
+
+def calibration(dataset: str) -> str:
+    """Return the calibration database of ``dataset``."""
+    return f"{RESULTS}/calibration/{dataset}.sqlite"
+
+
+def model(model: str) -> str:
+    """Return the record of a resolved checkpoint: where it lies, its digest, its size."""
+    return f"{RESULTS}/models/{model}/model.json"
+
+
+def scores(run: str) -> str:
+    """Return the measured scores of a run, one entry a format."""
+    return f"{RESULTS}/{run}/scores.json"
+
+
+def measured(run: str) -> str:
+    """Return the small index of a run's scores that is read while Snakemake parses."""
+    return f"{RESULTS}/{run}/measured.json"
+
+
+def manifest(run: str, scheme: str) -> str:
+    """Return the manifest of one scheme."""
+    return f"{RESULTS}/{run}/{scheme}/manifest.json"
+
+
+def layers(run: str, scheme: str) -> str:
+    """Return the tidy table of one scheme: a row for each layer group and format."""
+    return f"{RESULTS}/{run}/{scheme}/layers.parquet"
+
+
+def report_markdown(run: str, scheme: str) -> str:
+    """Return the Markdown report of one scheme."""
+    return f"{RESULTS}/{run}/{scheme}/layer-sensitivity-report.md"
+
+
+def sensitivity() -> str:
+    """Return all ``layers.parquet`` in one table."""
+    return f"{RESULTS}/sensitivity.parquet"
+
+
+def runs() -> str:
+    """Return the table with one row for each run and scheme."""
+    return f"{RESULTS}/runs.parquet"
+
+
+def summary() -> str:
+    """Return the Markdown page that shows all runs and schemes side by side."""
+    return f"{RESULTS}/summary.md"
+
+
+def log(*names: str) -> str:
+    """Return the log of a job: ``log("score", "{run}")`` is ``results/logs/score/{run}.log``."""
+    return f"{RESULTS}/logs/{'/'.join(names)}.log"
+
+
+def benchmark(*names: str) -> str:
+    """Return the Snakemake benchmark of a job, named like its log."""
+    return f"{RESULTS}/benchmarks/{'/'.join(names)}.tsv"

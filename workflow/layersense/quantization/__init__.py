@@ -1,0 +1,1 @@
+"""Formats, layer names and the ModelOpt configs made from them."""

@@ -1,0 +1,1 @@
+"""Choose the format of every layer group at one budget (no torch)."""

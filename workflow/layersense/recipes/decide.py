@@ -1,0 +1,402 @@
+"""One scheme over the scores of a run: who may be quantized, what is chosen, why not the rest."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import fsum, sqrt
+from pathlib import Path
+from typing import Any
+
+from layersense import config
+from layersense.errors import LayersenseError
+from layersense.files import atomic_write
+from layersense.manifests.findings import Evidence, find
+from layersense.manifests.schema import (
+    AutoQuantizeState,
+    FormatRun,
+    Layer,
+    LayerSensitivity,
+    Manifest,
+    Ranked,
+    Scheme,
+    encode_manifest,
+    label,
+)
+from layersense.quantization.formats import NONE
+from layersense.quantization.layers import is_router
+from layersense.recipes.solver import BUDGET_TOLERANCE, Problem, solve
+from layersense.scoring.scores import NONE_BITS, Reached, Scores, read_scores
+
+NOT_REACHED: dict[Reached, str] = {
+    "not_called": "the calibration data never ran it",
+    "no_gradient": "no gradient of the loss reaches it",
+}
+BEYOND_COVERAGE = "beyond the scheme's coverage fraction"
+EXCLUDED = "the scheme's include and exclude patterns leave it out"
+
+
+@dataclass
+class _Group:
+    """A layer group under one scheme; the lists run over its formats, then ``NONE``."""
+
+    formats: list[str]
+    bits: list[float]
+    scores: list[float | None]
+    solver: list[float | None]
+    costs: list[float]
+    errors: list[float | None]
+    batches: list[list[float | None]]
+    reached: Reached
+    kept: str | None = None
+    """Why it may not be quantized; None if the solver decides."""
+    selected: int = -1
+
+    @property
+    def importance(self) -> float | None:
+        """Worst score over the formats; None if one is not finite or there is none."""
+        scores = [score for score in self.scores[:-1] if score is not None]
+        return max(scores) if scores and len(scores) == len(self.formats) - 1 else None
+
+
+def solve_scheme(
+    run: str, scheme: str, settings: Mapping[str, Any], scores: Path, out: Path
+) -> None:
+    """Decide one scheme and write its manifest.
+
+    Args:
+        run: name of the run.
+        scheme: name of the scheme.
+        settings: what :func:`layersense.settings.scheme_settings` returns.
+        scores: score file of the run.
+        out: manifest to write.
+
+    Raises:
+        LayersenseError: a format was not measured, or the budget cannot be met.
+    """
+    keys = {key: settings[key] for key in config.Scheme.model_fields if key in settings}
+    expected = settings["expected"]
+    manifest = build_manifest(
+        read_scores(scores),
+        run,
+        scheme,
+        config.Scheme.model_validate(keys),
+        {
+            name: {**expected["settings"], "format": format}
+            for name, format in expected["formats"].items()
+        },
+    )
+    atomic_write(out, encode_manifest(manifest))
+
+
+def build_manifest(
+    scores: Scores,
+    run: str,
+    scheme_name: str,
+    scheme: config.Scheme,
+    settings: Mapping[str, Mapping[str, Any]],
+) -> Manifest:
+    """Decide one scheme over the scores of a run.
+
+    Args:
+        scores: what was measured.
+        run: name of the run.
+        scheme_name: name of the scheme.
+        scheme: the scheme; its formats go by the names in ``scores``.
+        settings: format → the settings it would be measured under today; where those it was
+            measured under differ (``frozen``), a finding says so. Formats left out are not
+            compared.
+
+    Raises:
+        LayersenseError: a format was not measured, or the budget cannot be met.
+    """
+    for name in scheme.quant_formats:
+        if name not in scores.formats:
+            raise LayersenseError(
+                f"run {run}, scheme {scheme_name}: format {name} has not been measured; run "
+                "`snakemake scores` (without frozen=true), or take it out of the scheme's "
+                "quant_formats"
+            )
+    # ModelOpt's order: by compression; of equal bits by name, to have one order.
+    formats = sorted(
+        dict.fromkeys(scheme.quant_formats),
+        key=lambda name: (scores.formats[name].effective_bits, name),
+    )
+    groups = {handle: _group(scores, handle, formats) for handle in scores.groups}
+    _keep(scores, groups, scheme)
+    total = fsum(group.n_weights for group in scores.groups.values())
+    state = _choose(scores, groups, scheme, total, f"run {run}, scheme {scheme_name}")
+    manifest = Manifest(
+        scheme=Scheme(
+            name=scheme_name,
+            quant_formats=list(scheme.quant_formats),
+            effective_bits=scheme.effective_bits,
+            auto_quantize_bits=scheme.effective_bits,
+            auto_quantize_method=scores.method,
+            coverage_mode=scheme.coverage_mode,
+            coverage_fraction=scheme.coverage_fraction,
+            include=list(scheme.include),
+            exclude=list(scheme.exclude),
+            routers=scheme.routers,
+            unreached=scheme.unreached,
+            objective=scheme.objective,
+        ),
+        run_name=run,
+        model=scores.model,
+        dataset=scores.dataset,
+        num_quantized_layers=0,
+        layers=_layers(scores, groups),
+        autoquant_state=state,
+        layer_sensitivity={
+            handle: _sensitivity(scores, handle, group) for handle, group in groups.items()
+        },
+        sensitivity_ranking=_ranking(groups),
+        findings=[],
+        environment={name: scores.formats[name].environment for name in formats},
+        run={
+            name: FormatRun(
+                digest=entry.digest,
+                engine=scores.engine,
+                method=scores.method,
+                effective_bits=entry.effective_bits,
+                weight_format=entry.weight_format,
+                act_format=entry.act_format,
+                kernel=entry.kernel,
+                batches=entry.batches,
+                seconds=entry.seconds,
+                peak_memory_bytes=entry.peak_memory_bytes,
+                back_offs=entry.back_offs,
+                settings=entry.settings,
+            )
+            for name, entry in ((name, scores.formats[name]) for name in formats)
+        },
+    )
+    manifest.num_quantized_layers = sum(layer.quantized for layer in manifest.layers.values())
+    manifest.findings = find(Evidence(scores, manifest, settings))
+    return manifest
+
+
+def score_per_token(
+    batch_scores: Sequence[float | None], tokens: Sequence[int]
+) -> tuple[float | None, float | None]:
+    """Return a score and its standard error from the batches.
+
+    The score is the ratio ``R = Σ s / Σ t`` of summed scores to supervised tokens. Its standard
+    error is that of a ratio estimator over batches, ``√(n/(n−1) · Σ (s − R·t)²) / Σ t`` (Cochran,
+    *Sampling Techniques*, 3rd ed., eq. 6.13, without the finite population correction).
+
+    Args:
+        batch_scores: summed score of each batch; None where it was not finite.
+        tokens: supervised tokens of each batch.
+
+    Returns:
+        The score (None if a batch was not finite) and its standard error (None if that is so, or
+        with fewer than two batches).
+    """
+    values = [value for value in batch_scores if value is not None]
+    total = sum(tokens)
+    if len(values) < len(batch_scores) or not total:
+        return None, None
+    score = fsum(values) / total
+    count = len(values)
+    if count < 2:
+        return score, None
+    squares = fsum((s - score * t) ** 2 for s, t in zip(values, tokens, strict=True))
+    return score, sqrt(count / (count - 1) * squares) / total
+
+
+def monotone(scores: Sequence[float | None]) -> list[float | None]:
+    """Return scores as ModelOpt's solver sees them: none above that of a smaller format.
+
+    ``initialize_candidate_stats`` of ModelOpt takes ``min(score, previous)`` from the most
+    compressed format to ``NONE``. A score that is not finite is passed over.
+    """
+    lowest = float("inf")
+    result: list[float | None] = []
+    for score in scores:
+        lowest = lowest if score is None else min(score, lowest)
+        result.append(None if score is None else lowest)
+    return result
+
+
+def _group(scores: Scores, handle: str, formats: Sequence[str]) -> _Group:
+    measured = {
+        name: scores.formats[name].groups[handle]
+        for name in formats
+        if handle in scores.formats[name].groups
+    }
+    values, errors = [], []
+    for name, entry in measured.items():
+        value, error = score_per_token(entry.batch_scores, scores.formats[name].batches.tokens)
+        values.append(value)
+        errors.append(error)
+    anywhere = [
+        entry.groups[handle].reached
+        for entry in ([scores.formats[name] for name in measured] or scores.formats.values())
+        if handle in entry.groups
+    ]
+    reached: Reached = "scored" if "scored" in anywhere else (*anywhere, "not_called")[0]
+    return _Group(
+        formats=[*measured, NONE],
+        bits=[*(scores.formats[name].effective_bits for name in measured), NONE_BITS],
+        scores=[*values, 0.0],
+        solver=monotone([*values, 0.0]),
+        costs=[
+            *(entry.cost for entry in measured.values()),
+            float(scores.groups[handle].n_weights),
+        ],
+        errors=[*errors, None if None in errors else 0.0],
+        batches=[
+            *(entry.batch_scores for entry in measured.values()),
+            [0.0] * (len(next(iter(measured.values())).batch_scores) if measured else 0),
+        ],
+        reached=reached,
+    )
+
+
+def _keep(scores: Scores, groups: Mapping[str, _Group], scheme: config.Scheme) -> None:
+    """Say of each group whether and why it stays unquantized before anything is solved."""
+    for handle, group in groups.items():
+        names = scores.groups[handle].module_names
+        if len(group.formats) == 1:
+            group.kept = "no format of the scheme applies to it"
+        elif is_router(names) and not scheme.routers:
+            group.kept = "it is a router, and the scheme leaves routers alone"
+        elif not all(_matches(name, scheme.include) for name in names) or any(
+            _matches(name, scheme.exclude) for name in names
+        ):
+            group.kept = EXCLUDED
+        elif group.reached != "scored" and scheme.unreached == "keep":
+            group.kept = NOT_REACHED[group.reached]
+        elif group.importance is None:
+            group.kept = "its score is not finite"
+    if scheme.coverage_mode == "full":
+        return
+    # A group too large for what is left is passed over, so that it does not shut out smaller ones.
+    room = scheme.coverage_fraction * sum(group.n_weights for group in scores.groups.values())
+    room *= 1 + BUDGET_TOLERANCE
+    free = [handle for handle, group in groups.items() if group.kept is None]
+    for handle in sorted(free, key=lambda handle: groups[handle].importance or 0.0):
+        if scores.groups[handle].n_weights <= room:
+            room -= scores.groups[handle].n_weights
+        else:
+            groups[handle].kept = BEYOND_COVERAGE
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _choose(
+    scores: Scores,
+    groups: Mapping[str, _Group],
+    scheme: config.Scheme,
+    total: float,
+    where: str,
+) -> AutoQuantizeState:
+    """Solve, write the choice into ``groups`` and return the state."""
+    if not groups:
+        raise LayersenseError(
+            f"{where}: the score file has no layer group; score the run again, or choose a model "
+            "with linear layers or convolutions"
+        )
+    options = {
+        handle: [len(group.formats) - 1] if group.kept else list(range(len(group.formats)))
+        for handle, group in groups.items()
+    }
+    budget = total * scheme.effective_bits / NONE_BITS
+    lowest = fsum(min(groups[h].costs[i] for i in picks) for h, picks in options.items())
+    if lowest > budget * (1 + BUDGET_TOLERANCE):
+        raise LayersenseError(
+            _unreachable(scores, groups, scheme, lowest / total * NONE_BITS, total, where)
+        )
+    solution = solve(
+        Problem.of(
+            [[groups[h].solver[i] or 0.0 for i in picks] for h, picks in options.items()],
+            [[groups[h].costs[i] for i in picks] for h, picks in options.items()],
+        ),
+        budget,
+        scheme.objective,
+    )
+    for (handle, picks), choice in zip(options.items(), solution.choice, strict=True):
+        groups[handle].selected = picks[int(choice)]
+    return AutoQuantizeState(
+        keys=["candidate_stats", "best", "constraints"],
+        constraints={"effective_bits": solution.cost / total * NONE_BITS},
+        score=solution.score,
+        cost=solution.cost,
+        lower_bound=solution.lower_bound,
+        gap=solution.gap,
+        is_satisfied=True,
+    )
+
+
+def _unreachable(
+    scores: Scores,
+    groups: Mapping[str, _Group],
+    scheme: config.Scheme,
+    lowest: float,
+    total: float,
+    where: str,
+) -> str:
+    kept: dict[str, float] = {}
+    for handle, group in groups.items():
+        if group.kept:
+            share = scores.groups[handle].n_weights / total
+            kept[group.kept] = kept.get(group.kept, 0.0) + share
+    limits = "; ".join(
+        f"{share:.1%} of the searched weights stay unquantized because {why}"
+        if why != BEYOND_COVERAGE
+        else f"{share:.1%} of the searched weights are {why}"
+        for why, share in sorted(kept.items(), key=lambda item: -item[1])
+    )
+    # Rounded up, so that the number named can be asked for.
+    reachable = -(-lowest * 1e4 // 1) / 1e4
+    return (
+        f"{where}: {scheme.effective_bits:g} effective bits cannot be met, the lowest reachable "
+        f"are {reachable:g} ({limits or 'the smallest format everywhere'}); raise "
+        "effective_bits, add a smaller format or loosen the scheme's constraints"
+    )
+
+
+def _layers(scores: Scores, groups: Mapping[str, _Group]) -> dict[str, Layer]:
+    layers = {}
+    for name, layer in scores.layers.items():
+        group = groups[layer.group] if layer.group else None
+        chosen = group.formats[group.selected] if group else NONE
+        layers[name] = Layer(
+            quantized=chosen != NONE,
+            module_type=layer.module_type,
+            n_weights=layer.n_weights,
+            format=chosen,
+            reason=group.kept if group else layer.reason,
+        )
+    return layers
+
+
+def _sensitivity(scores: Scores, handle: str, group: _Group) -> LayerSensitivity:
+    labels = [label(name, bits) for name, bits in zip(group.formats, group.bits, strict=True)]
+    entry = scores.groups[handle]
+    return LayerSensitivity(
+        formats=labels,
+        scores=group.scores,
+        costs=group.costs,
+        scores_solver=group.solver,
+        scores_se=group.errors,
+        batch_scores=group.batches,
+        module_names=entry.module_names,
+        n_weights=entry.n_weights,
+        reached=group.reached,
+        subsystem=entry.subsystem,
+        block=entry.block,
+        kind=entry.kind,
+        selected=labels[group.selected],
+    )
+
+
+def _ranking(groups: Mapping[str, _Group]) -> list[Ranked]:
+    ranked = [
+        Ranked(name=handle, importance=group.importance)
+        for handle, group in groups.items()
+        if group.reached == "scored" and group.importance is not None
+    ]
+    return sorted(ranked, key=lambda entry: entry.importance)

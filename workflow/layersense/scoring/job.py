@@ -1,0 +1,261 @@
+"""The scoring job of a run: measure what is missing, keep what is there (torch only if needed)."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from layersense.calibration.database import open_database
+from layersense.errors import LayersenseError
+from layersense.files import digest_json
+from layersense.models.checkpoints import Checkpoint, read_checkpoint
+from layersense.quantization.formats import check_device, format_from_settings
+from layersense.scoring.lease import lease, visible_devices
+from layersense.scoring.scores import (
+    Dataset,
+    FormatScores,
+    Model,
+    Scores,
+    read_scores,
+    write_scores,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def score_run(
+    run: str,
+    settings: Mapping[str, Any],
+    formats: Mapping[str, Mapping[str, Any]],
+    *,
+    model_file: Path,
+    database_file: Path,
+    out: Path,
+    threads: int | None = None,
+) -> list[str]:
+    """Bring a run's score file up to date; return the names of the formats that were measured.
+
+    A format's entry is reused only where its digest, over everything that determines it, matches.
+    If all match, the job ends before it imports torch or leases a GPU. What an interrupted job had
+    completed lies beside the file and is taken up.
+
+    Args:
+        run: name of the run.
+        settings: the run's part of the config, from ``settings.score_settings``.
+        formats: name → settings of each format to have in the file.
+        model_file: record of the checkpoint.
+        database_file: calibration database.
+        out: score file.
+        threads: CPU threads of torch; None leaves its default.
+
+    Raises:
+        LayersenseError: an input is unusable, or the model cannot be scored.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _only_job(out.with_name(f".{out.name}.lock")):
+        checkpoint = read_checkpoint(model_file)
+        with open_database(database_file) as database:
+            dataset_digest = database.meta["digest"]
+        digests = {
+            name: digest_json(
+                {
+                    "settings": settings,
+                    "format": format,
+                    "checkpoint": checkpoint.digest,
+                    "dataset": dataset_digest,
+                }
+            )
+            for name, format in formats.items()
+        }
+        held = _held(out, partial, digests)
+        missing = [name for name in formats if held is None or name not in held.formats]
+        if missing:
+            logger.info("to measure: %s", ", ".join(missing))
+            for scores in _measure(
+                run,
+                settings,
+                formats,
+                digests,
+                missing,
+                held,
+                checkpoint,
+                model_file.parent.name,
+                database_file,
+                threads,
+            ):
+                write_scores(partial, scores)
+                held = scores
+        else:
+            logger.info("all %d format(s) are measured already", len(formats))
+        assert held is not None
+        # Labels are no part of a digest: entries may have been measured under other names.
+        held.run, held.model.name, held.dataset.name = (
+            run,
+            model_file.parent.name,
+            database_file.stem,
+        )
+        write_scores(out, held)
+        partial.unlink(missing_ok=True)
+    return missing
+
+
+def _measure(
+    run: str,
+    settings: Mapping[str, Any],
+    formats: Mapping[str, Mapping[str, Any]],
+    digests: Mapping[str, str],
+    missing: Sequence[str],
+    held: Scores | None,
+    checkpoint: Checkpoint,
+    model_name: str,
+    database_file: Path,
+    threads: int | None,
+) -> Iterator[Scores]:
+    """Yield the score file's content after each step that completed some formats."""
+    wanted = [format_from_settings(name, formats[name]) for name in missing]
+    device = settings["device"]
+    for format in wanted:
+        check_device(format, device)
+    with _leased(device):
+        start = time.monotonic()
+        import torch
+
+        from layersense.models.tasks import get_task
+        from layersense.models.tasks.protocol import Sampling
+        from layersense.quantization.modelopt_formats import require_kernel, validate_format
+        from layersense.scoring.modelopt_engine import Measurement, measure
+
+        logger.info("torch, transformers and ModelOpt imported in %.0f s", time.monotonic() - start)
+        if threads:
+            torch.set_num_threads(threads)
+        for format in wanted:
+            validate_format(format)
+            require_kernel(format, device)
+        task = get_task(checkpoint.task)
+        unit = task.unit(settings["modality"])
+        sampling = settings["sampling"]
+        with open_database(database_file) as database:
+            rows = database.rows(unit, "calibration", limit=sampling["calibration_samples"])
+            dataset = Dataset(
+                name=database_file.stem,
+                source=database.meta["source"],
+                digest=database.meta["digest"],
+                modality=settings["modality"],
+                unit=unit,
+                calibration_samples=sampling["calibration_samples"],
+                score_samples=sampling["score_samples"],
+            )
+        measurement = Measurement(
+            checkpoint=checkpoint,
+            task=task,
+            sampling=Sampling(
+                modality=settings["modality"],
+                max_length=sampling["max_length"],
+                min_pixels=sampling.get("min_pixels"),
+                max_pixels=sampling.get("max_pixels"),
+                prompt=sampling.get("prompt", ""),
+            ),
+            method=settings["method"],
+            calibration_rows=rows,
+            score_rows=rows[: sampling["score_samples"]],
+            calibration_batch_size=sampling["calibration_batch_size"],
+            score_batch_size=sampling["batch_size"],
+            dtype=settings["dtype"],
+            device=torch.device(device),
+            seed=sampling["seed"],
+        )
+        model = Model(
+            name=model_name,
+            id=checkpoint.id,
+            revision=checkpoint.revision,
+            digest=checkpoint.digest,
+            task=checkpoint.task,
+            architecture=checkpoint.architecture,
+            n_parameters=checkpoint.n_parameters,
+            dtype=checkpoint.dtype if settings["dtype"] == "auto" else settings["dtype"],
+            trust_remote_code=checkpoint.trust_remote_code,
+            trained_on_calibration=checkpoint.trained_on_calibration,
+        )
+        for inventory, entries in measure(measurement, wanted):
+            for name, entry in entries.items():
+                entry.digest = digests[name]
+                entry.settings = {**settings, "format": formats[name]}
+            measured = {**(held.formats if held else {}), **entries}
+            held = Scores(
+                run=run,
+                method=settings["method"],
+                engine=settings["engine"],
+                model=model,
+                dataset=dataset,
+                layers=inventory.layers,
+                groups=inventory.groups,
+                # In the order of the config, whatever was measured first.
+                formats={name: measured[name] for name in formats if name in measured},
+            )
+            yield held
+
+
+def _held(out: Path, partial: Path, digests: Mapping[str, str]) -> Scores | None:
+    """Return the entries of both files whose digests match, or None if there are none."""
+    found: Scores | None = None
+    formats: dict[str, FormatScores] = {}
+    for file in (out, partial):
+        if not file.exists():
+            continue
+        try:
+            scores = read_scores(file)
+        except LayersenseError as error:
+            logger.warning("%s; it is measured again", error)
+            continue
+        matching = {
+            name: entry
+            for name, entry in scores.formats.items()
+            if entry.digest == digests.get(name)
+        }
+        if matching:
+            found = scores
+            formats.update(matching)
+    if found is None:
+        return None
+    found.formats = {name: formats[name] for name in digests if name in formats}
+    return found
+
+
+@contextmanager
+def _only_job(lock_file: Path) -> Iterator[None]:
+    """Let one job at a time work on a run.
+
+    After SIGKILL of Snakemake its job's process lives on as an orphan; the successor waits for it
+    and then finds its results. The lock file is never deleted, or two jobs could hold two files of
+    one name.
+    """
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("%s: another job works on this run; waiting for it", lock_file)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _leased(device: str) -> Iterator[None]:
+    """Hold a GPU and show it alone to this process; nothing to do on a CPU."""
+    if device == "cpu":
+        yield
+        return
+    # The driver's order, so that an index means the same to NVML and to CUDA.
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    with lease(visible_devices()) as identifier:
+        os.environ["CUDA_VISIBLE_DEVICES"] = identifier
+        logger.info("leased GPU %s", identifier)
+        yield

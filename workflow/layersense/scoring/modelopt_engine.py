@@ -1,0 +1,373 @@
+"""Engine ``modelopt``: stock ``mtq.auto_quantize``, the reference.
+
+How stock has to be driven so that its scores mean what they say:
+
+- the loss is a sum over supervised tokens, so scores do not depend on the scoring batch size;
+- a forward-backward step of our own asks gradients of floating inputs and of embedding outputs,
+  so that every tower gets some, and takes the accumulated scores away after each batch;
+- dropout and layer-drop are zeroed, because gradient checkpointing puts modules into train mode;
+- formats calibrated by ``max`` go in one joint call, the others each in one of its own on a
+  freshly loaded model, because they rewrite weights and a quantized model is refused.
+"""
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch
+from modelopt.torch.quantization.algorithms import QuantRecipe
+from torch import nn
+
+from layersense.calibration.database import Row
+from layersense.errors import LayersenseError
+from layersense.models.checkpoints import Checkpoint
+from layersense.models.tasks.protocol import Batch, Loaded, Sampling, Task
+from layersense.quantization.formats import Format
+from layersense.quantization.modelopt_formats import joint_calls, kernel_mode, modelopt_config
+from layersense.scoring.environment import describe_environment, peak_memory_bytes
+from layersense.scoring.inventory import Inventory, take_inventory
+from layersense.scoring.progress import Progress
+from layersense.scoring.recorder import Recorder
+from layersense.scoring.scores import Batches, FormatScores, GroupScore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a run measures, apart from its formats."""
+
+    checkpoint: Checkpoint
+    task: Task
+    sampling: Sampling
+    method: str
+    calibration_rows: Sequence[Row]
+    score_rows: Sequence[Row]
+    calibration_batch_size: int
+    score_batch_size: int
+    dtype: str
+    device: torch.device
+    seed: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """The formats of one ``auto_quantize`` call, and what was reduced to make it fit."""
+
+    formats: Sequence[Format]
+    score_batch_size: int
+    back_offs: Sequence[str] = field(default=())
+
+
+@dataclass(frozen=True)
+class BatchStatistics:
+    """What is remembered of a scoring batch once its tensors are gone."""
+
+    n_tokens: int
+    n_samples: int
+    n_positions: int
+    n_padding: int
+    n_truncated: int
+
+
+def measure(
+    measurement: Measurement, formats: Sequence[Format]
+) -> Iterator[tuple[Inventory, dict[str, FormatScores]]]:
+    """Score every layer group under ``formats``; yield after each ``auto_quantize`` call.
+
+    The yielded entries lack ``digest`` and ``settings``, which the caller knows. On an
+    out-of-memory error the scoring batch is halved, then the formats of the call are, and the
+    call starts again on a freshly loaded model: neither changes a score.
+
+    Raises:
+        LayersenseError: one sample and one format do not fit into memory, or the model cannot be
+            scored by this engine.
+    """
+    calls = [
+        Call(formats=call, score_batch_size=measurement.score_batch_size)
+        for call in joint_calls(formats)
+    ]
+    while calls:
+        call = calls.pop(0)
+        try:
+            result = _measure_call(measurement, call)
+        except torch.OutOfMemoryError as error:
+            if measurement.device.type == "cuda":
+                torch.cuda.empty_cache()
+            calls = [*_smaller_calls(call, error), *calls]
+            continue
+        yield result
+
+
+def _smaller_calls(call: Call, error: Exception) -> list[Call]:
+    if call.score_batch_size > 1:
+        size = call.score_batch_size // 2
+        note = f"scoring batch reduced from {call.score_batch_size} to {size} samples"
+        logger.warning("out of memory: %s", note)
+        return [replace(call, score_batch_size=size, back_offs=(*call.back_offs, note))]
+    if len(call.formats) > 1:
+        middle = len(call.formats) // 2
+        note = f"{len(call.formats)} formats measured in two calls instead of one"
+        logger.warning("out of memory: %s", note)
+        return [
+            replace(call, formats=part, back_offs=(*call.back_offs, note))
+            for part in (call.formats[:middle], call.formats[middle:])
+        ]
+    raise LayersenseError(
+        f"format {call.formats[0].name}: one sample does not fit into memory ({error}); reduce "
+        "`max_length` or `max_pixels` of the run, or use a larger GPU"
+    ) from error
+
+
+def _measure_call(
+    measurement: Measurement, call: Call
+) -> tuple[Inventory, dict[str, FormatScores]]:
+    device, task = measurement.device, measurement.task
+    names = [format.name for format in call.formats]
+    seconds: dict[str, float] = {}
+    torch.manual_seed(measurement.seed)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    with _timed(seconds, "load"):
+        loaded = task.load(measurement.checkpoint, dtype=measurement.dtype, device=device)
+        calibration = task.batches(
+            loaded,
+            measurement.calibration_rows,
+            measurement.sampling,
+            measurement.calibration_batch_size,
+        )
+        scoring = task.batches(
+            loaded, measurement.score_rows, measurement.sampling, call.score_batch_size
+        )
+    _disable_dropout(loaded.model)
+    _ask_gradients_of_embeddings(loaded.model)
+    modules_before = {name: type(module).__name__ for name, module in loaded.model.named_modules()}
+    configs = {format.name: modelopt_config(format) for format in call.formats}
+    recipes = {name: QuantRecipe(config, name=name) for name, config in configs.items()}
+    logger.info(
+        "%s: %d calibration and %d scoring batches, formats %s",
+        measurement.method,
+        len(calibration),
+        len(scoring),
+        ", ".join(names),
+    )
+    steps = _Steps(measurement, loaded, calibration, scoring, recipes, seconds)
+    with _collected_warnings() as messages:
+        mtq.auto_quantize(
+            loaded.model,
+            constraints={"effective_bits": 16.0},
+            quantization_formats=list(configs.values()),
+            # Indices, because calibration and scoring read different batches.
+            data_loader=range(max(len(calibration), len(scoring))),
+            forward_step=steps.forward,
+            forward_backward_step=steps.forward_backward
+            if measurement.method == "gradient"
+            else None,
+            num_calib_steps=len(calibration),
+            num_score_steps=len(scoring),
+            method=measurement.method,
+            verbose=False,
+        )
+    steps.finish()
+    recorder = steps.recorder
+    inventory = take_inventory(loaded.model, recorder.hparams, modules_before, task)
+    batches = Batches(
+        tokens=[batch.n_tokens for batch in steps.seen],
+        samples=[batch.n_samples for batch in steps.seen],
+        padding_share=round(
+            sum(batch.n_padding for batch in steps.seen)
+            / sum(batch.n_positions for batch in steps.seen),
+            6,
+        ),
+        truncated=sum(batch.n_truncated for batch in steps.seen),
+    )
+    entries = {}
+    for format in call.formats:
+        entries[format.name] = FormatScores(
+            digest="",
+            settings={},
+            effective_bits=format.effective_bits,
+            weight_format=format.weight_format,
+            act_format=format.act_format,
+            kernel=kernel_mode(format, device.type),
+            batches=batches,
+            groups={
+                handle: GroupScore(
+                    reached=recorder.reached(handle),
+                    batch_scores=[
+                        score if math.isfinite(score) else None
+                        for score in recorder.batch_scores[format.name][handle]
+                    ],
+                    cost=float(hparam.get_cost(recipes[format.name])),
+                )
+                for handle, hparam in recorder.hparams.items()
+            },
+            environment=describe_environment(device),
+            seconds={phase: round(duration, 3) for phase, duration in seconds.items()},
+            peak_memory_bytes=peak_memory_bytes(device),
+            back_offs=list(call.back_offs),
+            warnings=[*loaded.warnings, *messages],
+        )
+    return inventory, entries
+
+
+class _Steps:
+    """The step functions that stock calls, and what they see."""
+
+    def __init__(
+        self,
+        measurement: Measurement,
+        loaded: Loaded,
+        calibration: Sequence[Batch],
+        scoring: Sequence[Batch],
+        recipes: Mapping[str, QuantRecipe],
+        seconds: dict[str, float],
+    ) -> None:
+        self.measurement = measurement
+        self.model = loaded.model
+        self.dtype = next(
+            parameter.dtype
+            for parameter in self.model.parameters()
+            if parameter.is_floating_point()
+        )
+        self.calibration = calibration
+        self.scoring = scoring
+        self.recorder = Recorder(recipes, gradient=measurement.method == "gradient")
+        self.seen: list[BatchStatistics] = []
+        self.seconds = seconds
+        self.seconds["calibrate"] = self.seconds["score"] = 0.0
+        self.progress: Progress | None = None
+        self._started = time.perf_counter()
+        self._batch: Batch | None = None
+        self._index = -1
+
+    @torch.no_grad()
+    def forward(self, model: nn.Module, index: int) -> torch.Tensor | None:
+        """Calibrate on a batch; under ``kl_div`` also score, by the logits at supervised positions.
+
+        Stock scores ``kl_div`` in inference mode and calibrates outside of it.
+        """
+        if not torch.is_inference_mode_enabled():
+            batch = self._to_device(self.calibration[index])
+            self.measurement.task.forward(model, batch)
+            return None
+        if index != self._index:
+            if self._index >= 0:
+                self._end_batch()
+            self._begin_batch(model, index)
+        assert self._batch is not None
+        task = self.measurement.task
+        return task.supervised_logits(task.forward(model, self._batch), self._batch)
+
+    @torch.enable_grad()
+    def forward_backward(self, model: nn.Module, index: int) -> None:
+        """Score one batch under ``gradient``."""
+        batch = self._begin_batch(model, index)
+        for value in batch.inputs.values():
+            if value.is_floating_point():
+                value.requires_grad_(True)
+        task = self.measurement.task
+        loss = task.loss(task.forward(model, batch), batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._end_batch()
+
+    def finish(self) -> None:
+        """End the last batch and remove the hooks."""
+        if self._batch is not None:
+            self._end_batch()
+        self.recorder.detach()
+        if self.progress is not None:
+            self.progress.close()
+        self.seconds["score"] = time.perf_counter() - self._started
+
+    def _begin_batch(self, model: nn.Module, index: int) -> Batch:
+        if not self.recorder.hparams:
+            self.recorder.attach(model)
+            now = time.perf_counter()
+            self.seconds["calibrate"] = now - self._started
+            self._started = now
+            self.progress = Progress(
+                "score",
+                total=len(self.scoring),
+                unit="batch",
+                device=self.measurement.device,
+            )
+        batch = self.scoring[index]
+        self.seen.append(
+            BatchStatistics(
+                batch.n_tokens,
+                batch.n_samples,
+                batch.n_positions,
+                batch.n_padding,
+                batch.n_truncated,
+            )
+        )
+        self._index, self._batch = index, self._to_device(batch)
+        return self._batch
+
+    def _end_batch(self) -> None:
+        self.recorder.harvest()
+        self._batch = None
+        if self.progress is not None:
+            self.progress.step()
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return batch.to(self.measurement.device, self.dtype)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Zero every dropout and layer-drop probability, in modules and in the configs they read."""
+    holders: list[Any] = list(model.modules())
+    config = getattr(model, "config", None)
+    if config is not None:
+        holders += [config, *(getattr(config, key) for key in getattr(config, "sub_configs", {}))]
+    for holder in holders:
+        for name, value in vars(holder).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(holder, name, 0.0)
+        if isinstance(holder, nn.modules.dropout._DropoutNd):
+            holder.p = 0.0
+
+
+def _ask_gradients_of_embeddings(model: nn.Module) -> None:
+    """Let every token embedding's output require a gradient, whatever its parameter is called.
+
+    Stock enables gradients only for parameters with ``embed`` in their names.
+    """
+
+    def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_(True)
+
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(hook)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - start
+
+
+@contextmanager
+def _collected_warnings() -> Iterator[list[str]]:
+    """Collect what ModelOpt warns of, each message once, and keep it off the terminal."""
+    messages: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield messages
+    for warning in caught:
+        message = " ".join(str(warning.message).split())
+        # ModelOpt calls every config that is not its own CUSTOM_n; ours have names.
+        ours = "CUSTOM_" in message
+        if "modelopt" in str(warning.filename) and not ours and message not in messages:
+            messages.append(message)

@@ -1,0 +1,168 @@
+"""The score file of a run: what a GPU job measured, one entry a format (no torch)."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from layersense.errors import LayersenseError
+from layersense.files import atomic_write
+
+SCHEMA_VERSION = 1
+NONE_BITS = 16.0
+"""Bits per weight of an unquantized layer, by ModelOpt's definition of cost."""
+
+Reached = Literal["scored", "not_called", "no_gradient"]
+
+
+class Layer(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """One module that holds weights which a format could quantize."""
+
+    module_type: str
+    """Class name in the original model, such as ``Linear``."""
+    n_weights: int
+    """Elements of the weight tensor."""
+    group: str | None = None
+    """Handle of its layer group; None if ModelOpt does not search it."""
+    reason: str | None = None
+    """Why it is not searched, as a sentence fragment; None if it is."""
+    tied_to: str | None = None
+    """Module that shares this module's weight tensor, if any."""
+
+
+class Group(msgspec.Struct, kw_only=True):
+    """Modules that must share a format: ModelOpt's ``quant_recipe`` handle."""
+
+    module_names: list[str]
+    n_weights: int
+    subsystem: str
+    block: int | None
+    kind: str
+
+
+class GroupScore(msgspec.Struct, kw_only=True):
+    """What one format does to one layer group."""
+
+    reached: Reached
+    batch_scores: list[float | None]
+    """Summed score of each scoring batch, not divided by tokens; None where it was not finite."""
+    cost: float
+    """ModelOpt's compressed weight size: elements × effective bits / 16."""
+
+
+class Model(msgspec.Struct, kw_only=True):
+    """The checkpoint that was measured."""
+
+    name: str
+    """Its name in the config."""
+    id: str
+    """Hub id or directory, as the config says it."""
+    revision: str | None
+    """Commit on the hub; None for a directory."""
+    digest: str
+    """SHA-256 that identifies the checkpoint's files."""
+    task: str
+    architecture: str
+    n_parameters: int
+    dtype: str
+    trust_remote_code: bool
+    trained_on_calibration: bool = False
+    """True for the demo model, which has seen the very rows it is scored on."""
+
+
+class Dataset(msgspec.Struct, kw_only=True):
+    """The data it was measured on."""
+
+    name: str
+    """Its name in the config."""
+    source: str
+    digest: str
+    """SHA-256 over the sampled rows and image bytes, from the database's ``meta``."""
+    modality: str
+    unit: str
+    calibration_samples: int
+    score_samples: int
+
+
+class Batches(msgspec.Struct, kw_only=True):
+    """What the scoring batches held."""
+
+    tokens: list[int]
+    """Supervised tokens of each batch (samples, where there are no tokens)."""
+    samples: list[int]
+    padding_share: float
+    """Padding positions as a share of all positions, 0 to 1."""
+    truncated: int = 0
+    """Samples that were cut to ``max_length``."""
+
+
+class FormatScores(msgspec.Struct, kw_only=True):
+    """One format's measurement and all that determined it."""
+
+    digest: str
+    """SHA-256 over ``settings``, the checkpoint's digest and the dataset's digest."""
+    settings: dict[str, Any]
+    """The config's part of what determined it: see :mod:`layersense.settings`."""
+    effective_bits: float
+    weight_format: str
+    act_format: str
+    kernel: Literal["compiled", "simulated", "native"]
+    """``compiled``: ModelOpt's CUDA extension. ``simulated``: it could not be built and torch
+    operations stand in. ``native``: this format needs no extension on this device."""
+    batches: Batches
+    groups: dict[str, GroupScore]
+    environment: dict[str, str]
+    """Versions and hardware: ``layersense``, ``torch``, ``modelopt``, ``transformers``,
+    ``python``, ``gpu`` (or ``cpu``), ``host``…"""
+    seconds: dict[str, float]
+    """Wall seconds by phase: ``load``, ``calibrate``, ``score``."""
+    peak_memory_bytes: int
+    back_offs: list[str]
+    """What was reduced to fit into memory, one sentence each."""
+    warnings: list[str]
+    """What ModelOpt or the engine warned of."""
+
+
+class Scores(msgspec.Struct, kw_only=True):
+    """The whole file."""
+
+    schema_version: int = SCHEMA_VERSION
+    run: str
+    method: str
+    engine: str
+    model: Model
+    dataset: Dataset
+    layers: dict[str, Layer]
+    """Every module with quantizable weights, in model order."""
+    groups: dict[str, Group]
+    """Every layer group, by handle (with ``.quant_recipe``), in model order."""
+    formats: dict[str, FormatScores]
+
+
+def read_scores(path: str | Path) -> Scores:
+    """Read a score file.
+
+    Raises:
+        LayersenseError: it is missing, not JSON, or not of this schema.
+    """
+    try:
+        scores = msgspec.json.decode(Path(path).read_bytes(), type=Scores)
+    except FileNotFoundError as error:
+        raise LayersenseError(
+            f"{path}: there is no such score file; run `snakemake scores`"
+        ) from error
+    except msgspec.MsgspecError as error:
+        raise LayersenseError(
+            f"{path}: is not a score file of layersense ({error}); delete it and score again"
+        ) from error
+    if scores.schema_version != SCHEMA_VERSION:
+        raise LayersenseError(
+            f"{path}: has schema version {scores.schema_version}, this layersense reads "
+            f"{SCHEMA_VERSION}; delete it and score again"
+        )
+    return scores
+
+
+def write_scores(path: str | Path, scores: Scores) -> None:
+    """Write a score file atomically."""
+    atomic_write(path, msgspec.json.format(msgspec.json.encode(scores), indent=1) + b"\n")

@@ -1,0 +1,198 @@
+"""Slices of the config: for each rule exactly what changes its output, as one JSON value.
+
+Snakemake re-runs a job when its ``params:`` differ from those it ran with, and compares them as a
+nameless set. Each rule therefore gets one string, the canonical JSON of a slice made here. A slice
+holds no label and no resource, and defaults are resolved to what they mean, so that writing a
+default out, renaming nothing but a label, or giving a job more memory re-runs nothing.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from layersense.config import SCORE_SAMPLES, TASK_MODALITIES, Config, Run
+from layersense.errors import LayersenseError
+from layersense.files import canonical_json, digest_json, write_json
+from layersense.quantization.formats import format_settings, resolve_format
+
+ENGINE_VERSIONS = {"modelopt": 1}
+"""Raised when an engine's numbers change, which measures everything again that it measured.
+
+Code is no trigger: a comment edited in a scoring module must not cost a GPU hour.
+"""
+
+SOLVER_VERSION = 1
+"""Raised when the solver's choice or the findings change for the same scores."""
+
+
+def dataset_settings(config: Config, dataset: str) -> dict[str, Any]:
+    """Return what determines a calibration database: the whole entry."""
+    return config.datasets[dataset].model_dump(mode="json")
+
+
+def model_settings(config: Config, model: str) -> dict[str, Any]:
+    """Return what determines a resolved checkpoint: the whole entry."""
+    return config.models[model].model_dump(mode="json")
+
+
+def score_settings(config: Config, run: str) -> dict[str, Any]:
+    """Return what determines the scores of a run, whatever the formats.
+
+    Without the formats, because each is measured for itself; without the schemes, because a budget
+    changes no score; without the held-out rows, which are not scored. ``batch_size`` is in it,
+    although scores do not depend on it: the batch scores and standard errors do. What a batch
+    cannot use is left out: pixels without images; the prompt of a task that has none (a
+    vision-language model is prompted on captions alone, too).
+    """
+    entry = config.runs[run]
+    task = config.models[entry.model].task
+    modality = entry.modality or TASK_MODALITIES[task][0]
+    calibration, scored = _samples(config, entry)
+    sampling: dict[str, Any] = {
+        "calibration_samples": calibration,
+        "score_samples": scored,
+        "batch_size": entry.batch_size,
+        "calibration_batch_size": entry.calibration_batch_size,
+        "max_length": entry.max_length,
+        "seed": entry.seed,
+    }
+    if modality == "image_text":
+        sampling["min_pixels"] = entry.min_pixels
+        sampling["max_pixels"] = entry.max_pixels
+    if task == "image-text-to-text":
+        sampling["prompt"] = entry.prompt
+    dataset = dataset_settings(config, entry.dataset)
+    del dataset["heldout"]
+    return {
+        "model": model_settings(config, entry.model),
+        "dataset": dataset,
+        "modality": modality,
+        "method": entry.method,
+        "engine": entry.engine,
+        "engine_version": ENGINE_VERSIONS[entry.engine],
+        "dtype": entry.dtype,
+        "device": entry.device,
+        "sampling": sampling,
+    }
+
+
+def run_formats(config: Config, run: str) -> dict[str, dict[str, Any]]:
+    """Return name → settings of the formats that the schemes of a run want, each once.
+
+    An alias goes by the name of its format, which is the label in every output.
+    """
+    wanted: dict[str, dict[str, Any]] = {}
+    for scheme in config.runs[run].schemes:
+        wanted.update(_scheme_formats(config, scheme))
+    return wanted
+
+
+def scheme_settings(config: Config, run: str, scheme: str) -> dict[str, Any]:
+    """Return what determines the manifest of one scheme, beside the scores themselves.
+
+    ``expected`` is what the scores should have been measured with. It changes only when the run is
+    measured again anyway, except under ``frozen``, where it is what findings compare with.
+    """
+    formats = _scheme_formats(config, scheme)
+    return {
+        **config.schemes[scheme].model_dump(mode="json"),
+        "quant_formats": list(formats),
+        "method": config.runs[run].method,
+        "solver_version": SOLVER_VERSION,
+        "expected": {"settings": score_settings(config, run), "formats": formats},
+    }
+
+
+def report_settings(config: Config) -> dict[str, Any]:
+    """Return what determines how reports look."""
+    return config.report.model_dump(mode="json")
+
+
+class _Measured(msgspec.Struct):
+    """One format's line in ``measured.json``."""
+
+    settings: str
+    """SHA-256 of the score settings."""
+    format: dict[str, Any]
+    """The format's settings."""
+
+
+def measured_entry(settings: Mapping[str, Any], format: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a format's entry of ``measured.json``.
+
+    Args:
+        settings: the run's :func:`score_settings` when it was measured.
+        format: the format's settings when it was measured.
+    """
+    return {"settings": digest_json(settings), "format": dict(format)}
+
+
+def write_measured(
+    path: str | Path, settings: Mapping[str, Any], formats: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write ``measured.json``: which formats the score file beside it holds, and with what.
+
+    Args:
+        path: the file.
+        settings: the run's :func:`score_settings`.
+        formats: name → settings of the formats that the score file holds.
+    """
+    write_json(path, {name: measured_entry(settings, format) for name, format in formats.items()})
+
+
+def read_measured(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Read ``measured.json``; a file that is missing or broken holds nothing.
+
+    It is read while Snakemake parses, where an error would stop every other run too; the worst
+    that an empty answer costs is a scoring job that finds all its digests present.
+    """
+    try:
+        entries = msgspec.json.decode(Path(path).read_bytes(), type=dict[str, _Measured])
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return {}
+    return {name: msgspec.to_builtins(entry) for name, entry in entries.items()}
+
+
+def tracked_formats(
+    config: Config, run: str, measured: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return the formats of a run's score file: those wanted, and those held that still match.
+
+    This is a parameter of the scoring rule. Were it the wanted formats alone, removing a format
+    from a scheme would change it and start a GPU job that has nothing to measure. A held format
+    that is not wanted stays as long as its numbers are what the config would measure: the score
+    settings are the same, and its name means the same, or nothing any more (an own format that was
+    removed). One that was measured under another seed drops out, and is measured again when wanted.
+
+    Args:
+        config: the config.
+        run: name of the run.
+        measured: content of ``measured.json``, from :func:`read_measured`.
+    """
+    tracked = run_formats(config, run)
+    current = digest_json(score_settings(config, run))
+    for name, entry in measured.items():
+        if name in tracked or entry["settings"] != current:
+            continue
+        try:
+            meaning = format_settings(resolve_format(name, config.formats))
+        except LayersenseError:
+            meaning = None
+        if meaning is None or canonical_json(meaning) == canonical_json(entry["format"]):
+            tracked[name] = dict(entry["format"])
+    return tracked
+
+
+def _samples(config: Config, run: Run) -> tuple[int, int]:
+    """Return how many rows calibrate, and how many of them are scored."""
+    calibration = run.calibration_samples or config.datasets[run.dataset].calibration
+    return calibration, run.score_samples or min(SCORE_SAMPLES, calibration)
+
+
+def _scheme_formats(config: Config, scheme: str) -> dict[str, dict[str, Any]]:
+    resolved = [
+        resolve_format(name, config.formats) for name in config.schemes[scheme].quant_formats
+    ]
+    return {format.name: format_settings(format) for format in resolved}

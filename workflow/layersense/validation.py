@@ -1,0 +1,633 @@
+"""Read and check the config: all problems at once, before anything starts (no torch)."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from layersense import config as models
+from layersense.config import TASK_MODALITIES, Config, OwnFormat
+from layersense.errors import LayersenseError
+from layersense.paths import RESERVED_RUNS, RESERVED_SCHEMES
+from layersense.quantization.formats import Format, check_device, known_formats, resolve_format
+
+Path_ = tuple[str | int, ...]
+"""Keys and indices that lead to a value of the config."""
+
+Part = dict[str, Any]
+"""An entry with its defaults; a key whose value is wrong or missing is absent."""
+
+DATASETS: dict[str, type[BaseModel]] = {
+    "sample": models.SampleDataset,
+    "coco": models.CocoDataset,
+    "images": models.ImagesDataset,
+    "text": models.TextDataset,
+}
+MODELS: dict[str, type[BaseModel]] = {
+    "demo": models.DemoModel,
+    "checkpoint": models.CheckpointModel,
+}
+ENTRIES: dict[str, type[BaseModel]] = {
+    "formats": OwnFormat,
+    "schemes": models.Scheme,
+    "runs": models.Run,
+}
+SECTIONS = ("datasets", "models", "formats", "schemes", "runs")
+"""Sections that map names to entries."""
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _repeated_keys(root: yaml.Node | None) -> list[str]:
+    """Return where a key stands twice in one mapping: PyYAML keeps the last one, silently."""
+    found = []
+    seen: set[int] = set()  # a node with an anchor stands in several places
+    nodes = [root] if root is not None else []
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen or isinstance(node, yaml.ScalarNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+            continue
+        first: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            nodes += [key, value]
+            if isinstance(key, yaml.ScalarNode):
+                word, line = (key.tag, key.value), key.start_mark.line + 1
+                if word in first:
+                    found.append((line, f"`{key.value}` stands in line {first[word]} already"))
+                first.setdefault(word, line)
+    return [f"line {line}: {text}" for line, text in sorted(found)]
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Read one YAML file, without checking what it says.
+
+    Raises:
+        LayersenseError: it is missing, not UTF-8, not YAML or no mapping, or a key stands twice
+            in one mapping (all are named, with their lines).
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LayersenseError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
+    except OSError as error:
+        raise LayersenseError(
+            f"{path}: cannot be read ({error.strerror}); give the config with --configfile"
+        ) from error
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            root = loader.get_single_node()
+            repeated = _repeated_keys(root)
+            data = loader.construct_document(root) if root is not None else None
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise LayersenseError(f"{path}: is not YAML: {_yaml_problem(error)}") from error
+    if repeated:
+        raise LayersenseError(
+            f"{path}: a key stands twice and the first would be lost; rename or remove one of "
+            f"them ({'; '.join(repeated)})"
+        )
+    if not isinstance(data, dict):
+        raise LayersenseError(
+            f"{path}: expected a mapping with {_or(Config.model_fields)}, found {_found(data)}"
+        )
+    return data
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
+# --- checking ------------------------------------------------------------------------------------
+
+
+def load_config(data: Mapping[str, Any], file: str, *, check_files: bool = True) -> Config:
+    """Check a config and return it.
+
+    Types, unknown keys and all that depends on several entries are checked together: a wrong type
+    in one place hides no problem in another.
+
+    Args:
+        data: content of the config, merged by Snakemake from files and the command line.
+        file: where it comes from, for messages.
+        check_files: whether the checkpoints and data that runs use must be there; relative paths
+            are relative to the working directory.
+
+    Raises:
+        LayersenseError: a heading, then one line for each problem: file, key path, what was
+            expected, what was found, and the nearest valid word.
+    """
+    plain = dict(data)
+    checker = _Checker(plain, check_files)
+    config: Config | None = None
+    try:
+        config = Config.model_validate(plain)
+    except ValidationError as error:
+        checker.add_errors(error.errors(include_url=False))
+    checker.check()
+    if checker.problems or config is None:
+        lines = [f"{file}: {problem}" for problem in checker.problems]
+        heading = f"the config has {len(lines)} problem{'s' if len(lines) > 1 else ''}:"
+        raise LayersenseError("\n  ".join([heading, *lines]))
+    return config
+
+
+def check_gpus(config: Config, gpus: int | None) -> list[str]:
+    """Return warnings about ``--resources gpu=…``, one sentence each.
+
+    Snakemake does not count a resource that has no limit, and caps a request that exceeds it.
+
+    Args:
+        config: the config.
+        gpus: the limit that Snakemake was given, None if none.
+    """
+    runs = [name for name, run in config.runs.items() if run.device == "cuda"]
+    if config.frozen or not runs:
+        return []
+    if gpus is None:
+        return [
+            f"no `--resources gpu=N` is given, so {len(runs)} scoring job(s) with `device: cuda` "
+            "may start at once and wait for each other's GPU; add `--resources gpu=1`, or as many "
+            "GPUs as there are"
+        ]
+    if gpus < 1:
+        return [
+            f"`--resources gpu={gpus}` does not keep scoring jobs ({', '.join(runs)}) from "
+            "starting, Snakemake only caps what they ask for; give `--resources gpu=1`, or "
+            "`--config frozen=true` to measure nothing"
+        ]
+    return []
+
+
+class _Checker:
+    """The problems of one config, collected."""
+
+    def __init__(self, data: dict[str, Any], check_files: bool) -> None:
+        self.data = data
+        self.check_files = check_files
+        self.problems: list[str] = []
+        self.bad: set[Path_] = set()
+
+    def add(self, path: Path_, expected: str, found: Any = None, words: Iterable[str] = ()) -> None:
+        """Note a problem: what was expected at ``path``; ``found`` is rendered unless None."""
+        text = f"{_key_path(path)}: {expected}"
+        if found is not None:
+            text += f", found {_found(found)}"
+        if isinstance(found, str) and (near := get_close_matches(found, list(words), 1, 0.5)):
+            text += f"; did you mean `{near[0]}`?"
+        if text not in self.problems:
+            self.problems.append(text)
+
+    # --- types and keys ---
+
+    def add_errors(self, errors: Iterable[ErrorDetails]) -> None:
+        """Note what pydantic found, in our own words."""
+        for error in errors:
+            path, value, context = self._where(error), error["input"], error.get("ctx", {})
+            self.bad.add(path)
+            kind = error["type"]
+            if kind == "extra_forbidden":
+                fields = self._fields(path[:-1])
+                self.add(path, f"expected one of the keys {_or(fields)}", path[-1], fields)
+            elif kind == "missing":
+                description = self._description(path)
+                self.add(path, f"expected this key ({description}), found nothing")
+            elif kind in ("union_tag_invalid", "union_tag_not_found") and isinstance(value, dict):
+                kinds = list(DATASETS if path[0] == "datasets" else MODELS)
+                path = (*path, "source")
+                self.bad.add(path)
+                if "source" in value:
+                    self.add(path, f"expected {_or(kinds)}", value["source"], kinds)
+                else:
+                    self.add(path, f"expected this key ({_or(kinds)}), found nothing")
+            elif kind == "literal_error":
+                words = self._words(path)
+                self.add(path, f"expected {_or(words)}", value, words)
+            elif path[-1] == "[key]":
+                self.bad.add(path[:-1])
+                self.add(
+                    path[:-1],
+                    "expected a name of at most 100 letters, digits, dots, underscores and "
+                    "hyphens that starts with a letter or digit (put numbers, `yes` and `no` in "
+                    "quotes)",
+                    path[-2],
+                )
+            else:
+                self.add(path, _expected(kind, context, error["msg"]), _Any(value))
+
+    def _where(self, error: ErrorDetails) -> Path_:
+        """Return the path of an error, without the tag that pydantic adds for a union's member."""
+        path = tuple(error["loc"])
+        tags = {"datasets": DATASETS, "models": MODELS}.get(str(path[0]) if path else "")
+        if tags is not None and len(path) > 2 and path[2] in tags:
+            path = path[:2] + path[3:]
+        return path
+
+    def _model(self, path: Path_) -> type[BaseModel]:
+        """Return the model of the mapping at ``path``."""
+        if not path:
+            return Config
+        section = str(path[0])
+        if section == "report":
+            return models.Report
+        if section in ("datasets", "models"):
+            entry = self.data[section][path[1]]
+            kinds = DATASETS if section == "datasets" else MODELS
+            return kinds[entry.get("source", "checkpoint")]
+        return ENTRIES[section]
+
+    def _fields(self, path: Path_) -> list[str]:
+        return list(self._model(path).model_fields)
+
+    def _description(self, path: Path_) -> str:
+        text = self._model(path[:-1]).model_fields[str(path[-1])].description or ""
+        return " ".join(text.split()).split("; ")[0].rstrip(".")
+
+    def _words(self, path: Path_) -> list[str]:
+        """Return the words of a literal, or of a literal that may be left out."""
+        annotation = self._model(path[:-1]).model_fields[str(path[-1])].annotation
+        args = [arg for arg in get_args(annotation) if arg is not type(None)]
+        return [word for arg in args for word in ([arg] if isinstance(arg, str) else get_args(arg))]
+
+    # --- entries ---
+
+    def section(self, name: str) -> dict[Any, Any]:
+        """Return a section as it was written, empty if it is no mapping."""
+        section = self.data.get(name)
+        return section if isinstance(section, dict) else {}
+
+    def part(self, section: str, name: Any) -> Part:
+        """Return what is valid of an entry, with the defaults of what was left out."""
+        entry = self.section(section).get(name)
+        if not isinstance(entry, dict) or (section, name, "source") in self.bad:
+            return {}
+        fields = self._model((section, name)).model_fields
+        defaults = {key: field.default for key, field in fields.items() if not field.is_required()}
+        part = {
+            key: value
+            for key, value in {**defaults, **entry}.items()
+            if (section, name, key) not in self.bad
+        }
+        for path in self.bad:  # single items of a list
+            if len(path) == 4 and path[:2] == (section, name) and isinstance(path[3], int):
+                part[str(path[2])] = [
+                    None if (*path[:3], i) in self.bad else item
+                    for i, item in enumerate(part[str(path[2])])
+                ]
+        return part
+
+    def items(self, section: str) -> Iterator[tuple[str, Part]]:
+        """Yield the entries of a section that can be looked at."""
+        for name in self.section(section):
+            if isinstance(name, str):
+                yield name, self.part(section, name)
+
+    # --- what depends on several entries ---
+
+    def check(self) -> None:
+        """Run every check that is not about one value's type."""
+        for section in SECTIONS:
+            self._check_names(section)
+        self._check_formats()
+        for name, scheme in self.items("schemes"):
+            self._check_scheme(name, scheme)
+        for name, model in self.items("models"):
+            self._check_model(name, model)
+        for name, run in self.items("runs"):
+            self._check_run(name, run)
+        if self.check_files:
+            self._check_files()
+
+    def _check_names(self, section: str) -> None:
+        reserved = {"runs": RESERVED_RUNS, "schemes": RESERVED_SCHEMES}.get(section, frozenset())
+        first: dict[str, str] = {}
+        for name in self.section(section):
+            if not isinstance(name, str):
+                continue
+            other = first.setdefault(name.lower(), name)
+            if other != name:
+                self.add(
+                    (section, name),
+                    f"differs from `{other}` only in letter case, and both would be one file on "
+                    "some machines; rename one of them",
+                )
+            if name.lower() in reserved:
+                self.add(
+                    (section, name), "is the name of a file or folder of the workflow; rename it"
+                )
+
+    def _own_formats(self) -> dict[str, OwnFormat]:
+        """Return the own formats whose types are right."""
+        wrong = {path[1] for path in self.bad if path[0] == "formats" and len(path) > 1}
+        return {
+            name: OwnFormat.model_validate(entry)
+            for name, entry in self.section("formats").items()
+            if isinstance(name, str) and name not in wrong
+        }
+
+    def _check_formats(self) -> None:
+        self.own = self._own_formats()
+        self.resolved: dict[str, Format] = {}
+        for name in self.own:
+            try:
+                self.resolved[name] = resolve_format(name, self.own)
+            except LayersenseError as error:
+                self._add_reason(("formats", name), str(error))
+
+    def _add_reason(self, path: Path_, reason: str) -> None:
+        """Note a problem that the registry explains, which may name the key path itself."""
+        dotted = ".".join(str(key) for key in path)
+        if reason.startswith(dotted):
+            rest, _, reason = reason.removeprefix(dotted).partition(": ")
+            path = (*path, *(key for key in rest.split(".") if key))
+        self.add(path, reason)
+
+    def _resolve(self, name: Any, path: Path_) -> Format | None:
+        """Return a format of a scheme, having noted why there is none."""
+        if not isinstance(name, str):
+            return None
+        if name in self.section("formats"):
+            return self.resolved.get(name)  # a broken one is told of where it stands
+        if name not in self.resolved:
+            try:
+                self.resolved[name] = resolve_format(name, self.own)
+            except LayersenseError as error:
+                reason = str(error)
+                if reason.startswith("there is no format"):
+                    words = [*self.section("formats"), *known_formats()]
+                    self.add(path, "expected a format (docs list them all)", name, words)
+                else:
+                    self.add(path, reason)
+                return None
+        return self.resolved[name]
+
+    def _check_scheme(self, name: str, scheme: Part) -> None:
+        path = ("schemes", name)
+        formats: list[Format] = []
+        whole = True
+        for i, word in enumerate(scheme.get("quant_formats", ())):
+            format = self._resolve(word, (*path, "quant_formats", i))
+            if format is None:
+                whole = False
+            elif format in formats:
+                self.add((*path, "quant_formats", i), f"names the format `{format.name}` twice")
+            else:
+                formats.append(format)
+        bits = scheme.get("effective_bits")
+        if formats and whole and bits is not None:
+            lowest = min(formats, key=lambda format: format.effective_bits)
+            if bits < lowest.effective_bits:
+                self.add(
+                    (*path, "effective_bits"),
+                    f"expected at least {lowest.effective_bits:g}, the bits of `{lowest.name}`, "
+                    "the smallest format of the scheme",
+                    bits,
+                )
+        fraction = scheme.get("coverage_fraction", 1)
+        if scheme.get("coverage_mode") == "full" and fraction != 1:
+            self.add(
+                (*path, "coverage_fraction"),
+                "expected 1.0 or nothing under `coverage_mode: full`; set "
+                "`coverage_mode: fraction` to limit the share",
+                fraction,
+            )
+
+    def _check_model(self, name: str, model: Part) -> None:
+        checkpoint = model.get("checkpoint")
+        if not isinstance(checkpoint, str):
+            return
+        path = ("models", name)
+        revision = model.get("revision", "wrong")
+        if is_directory(checkpoint):
+            if revision is not None and revision != "wrong":
+                self.add(
+                    (*path, "revision"),
+                    f"a directory ({checkpoint}) has no revisions; remove the key",
+                    revision,
+                )
+        elif checkpoint.count("/") > 1 or checkpoint.endswith("/"):
+            self.add(
+                (*path, "checkpoint"),
+                "expected a hub id such as `owner/name`, or a directory that exists or is written "
+                "as `./…`, `/…` or `~/…`",
+                checkpoint,
+            )
+        elif model.get("trust_remote_code") and revision is None:
+            self.add(
+                (*path, "revision"),
+                f"expected a commit of {checkpoint}, because `trust_remote_code` would run "
+                "whatever code the hub serves that day, found nothing",
+            )
+
+    def _check_run(self, name: str, run: Part) -> None:
+        path = ("runs", name)
+        for key in ("model", "dataset"):
+            self._check_reference((*path, key), run.get(key), f"{key}s")
+        schemes = run.get("schemes", ())
+        seen: Counter[str] = Counter()
+        for i, scheme in enumerate(schemes):
+            self._check_reference((*path, "schemes", i), scheme, "schemes")
+            if isinstance(scheme, str):
+                seen[scheme] += 1
+                if seen[scheme] == 2:
+                    self.add((*path, "schemes", i), f"names the scheme `{scheme}` twice")
+        self._check_samples(path, run)
+        self._check_modality(path, run)
+        least, most = run.get("min_pixels"), run.get("max_pixels")
+        if least is not None and most is not None and least > most:
+            self.add((*path, "min_pixels"), f"expected at most `max_pixels`, {most}", least)
+        if run.get("device") == "cpu":
+            for scheme in seen:
+                for word in self.part("schemes", scheme).get("quant_formats", ()):
+                    if isinstance(word, str) and (format := self.resolved.get(word)):
+                        try:
+                            check_device(format, "cpu")
+                        except LayersenseError as error:
+                            self.add((*path, "device"), f"{error} (scheme `{scheme}`)")
+
+    def _check_reference(self, path: Path_, name: Any, section: str) -> None:
+        names = [str(key) for key in self.section(section)]
+        if isinstance(name, str) and name not in names:
+            self.add(
+                path, f"expected the name of an entry of `{section}` ({_or(names)})", name, names
+            )
+
+    def _check_samples(self, path: Path_, run: Part) -> None:
+        dataset_name = run.get("dataset")
+        dataset = self.part("datasets", dataset_name) if isinstance(dataset_name, str) else {}
+
+        def limit(key: str, most: int | None, what: str) -> None:
+            asked = run.get(key)
+            if asked is not None and most is not None and asked > most:
+                self.add((*path, key), f"expected at most {most}, {what}", asked)
+
+        rows = dataset.get("calibration")
+        limit("calibration_samples", rows, f"the calibration rows of dataset `{dataset_name}`")
+        limit("heldout_samples", dataset.get("heldout"), "its dataset's `heldout`")
+        asked = run.get("calibration_samples", 0)
+        used = rows if asked is None else asked
+        if used and "calibration_samples" in run and (rows is None or used <= rows):
+            limit("score_samples", used, "the calibration rows that the run uses")
+
+    def _check_modality(self, path: Path_, run: Part) -> None:
+        model = self.part("models", run.get("model"))
+        if (*path, "modality") in self.bad or not model:
+            return
+        task = "image-text-to-text" if model.get("source") == "demo" else model.get("task")
+        if task not in TASK_MODALITIES:
+            return
+        allowed = TASK_MODALITIES[task]
+        modality = run["modality"] or allowed[0]
+        if modality not in allowed:
+            self.add(
+                (*path, "modality"),
+                f"expected {_or(allowed)}, what a model with `task: {task}` takes",
+                modality,
+            )
+        elif modality == "image_text":
+            dataset = self.part("datasets", run.get("dataset"))
+            if dataset.get("source") == "text":
+                self.add(
+                    (*path, "modality"),
+                    f"dataset `{run['dataset']}` holds texts and no images; set `modality: text`, "
+                    "or take a dataset with images",
+                )
+
+    # --- files ---
+
+    def _check_files(self) -> None:
+        used: dict[str, set[str]] = {"datasets": set(), "models": set()}
+        for _, run in self.items("runs"):
+            for section, names in used.items():
+                name = run.get(section.removesuffix("s"))
+                if isinstance(name, str):
+                    names.add(name)
+        for name, model in self.items("models"):
+            checkpoint = model.get("checkpoint")
+            if name in used["models"] and isinstance(checkpoint, str) and is_directory(checkpoint):
+                self._check_file(("models", name, "checkpoint"), checkpoint, folder=True)
+        for name, dataset in self.items("datasets"):
+            if name in used["datasets"]:
+                self._check_data(("datasets", name), dataset)
+
+    def _check_data(self, path: Path_, dataset: Part) -> None:
+        source = dataset.get("source")
+        if source == "text":
+            self._check_file((*path, "file"), dataset.get("file"))
+        elif source == "images":
+            self._check_file((*path, "images"), dataset.get("images"), folder=True)
+            self._check_file((*path, "table"), dataset.get("table"))
+        elif source == "coco" and isinstance(dataset.get("root"), str):
+            root, split = dataset["root"], dataset.get("split")
+            if not self._check_file((*path, "root"), root, folder=True) or split is None:
+                return
+            folder = dataset.get("images") or f"{root}/{split}"
+            captions = dataset.get("captions") or f"{root}/annotations/captions_{split}.json"
+            self._check_file((*path, "images"), folder, folder=True)
+            self._check_file((*path, "captions"), captions)
+            self._check_file((*path, "instances"), dataset.get("instances"))
+
+    def _check_file(self, path: Path_, name: Any, *, folder: bool = False) -> bool:
+        """Return whether a file or folder is there, having noted it if not."""
+        if not isinstance(name, str):
+            return False
+        file = Path(name).expanduser()
+        there = file.is_dir() if folder else file.is_file()
+        if not there:
+            what = "folder" if folder else "file"
+            state = "is something else" if file.exists() else "is not there"
+            self.add(path, f"expected a {what}, but {file.absolute()} {state}")
+        return there
+
+
+def is_directory(checkpoint: str) -> bool:
+    """Return whether a model's ``checkpoint`` means a directory rather than a hub id."""
+    return checkpoint.startswith((".", "/", "~")) or Path(checkpoint).is_dir()
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+class _Any:
+    """A found value that is shown even if it is None."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _key_path(path: Path_) -> str:
+    """Return ``runs."a.b".schemes[0]`` for a path; names with a dot are quoted."""
+    text = ""
+    for key in path:
+        if isinstance(key, int):
+            text += f"[{key}]"
+        else:
+            name = str(key)
+            text += ("." if text else "") + (f'"{name}"' if "." in name else name)
+    return text or "the whole"
+
+
+def _found(value: Any) -> str:
+    """Return a short rendering of a value, as YAML shows it."""
+    if isinstance(value, _Any):
+        value = value.value
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, str):
+        text = json.dumps(value, ensure_ascii=False)
+        return text if len(text) <= 80 else text[:77] + '…"'
+    return f"`{value}`"
+
+
+def _or(words: Iterable[str]) -> str:
+    """Return words as `a`, `b` or `c`."""
+    quoted = [f"`{word}`" for word in words]
+    return " or ".join(filter(None, [", ".join(quoted[:-1]), *quoted[-1:]]))
+
+
+def _expected(kind: str, context: Mapping[str, Any], message: str) -> str:
+    """Return what pydantic expected, in our own words."""
+    words = {
+        "string_type": "text (put it in quotes)",
+        "int_type": "a whole number",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "bool_parsing": "true or false",
+        "list_type": "a list",
+        "dict_type": "a mapping",
+        "model_type": "a mapping",
+        "model_attributes_type": "a mapping",
+        "union_tag_not_found": "a mapping",
+        "finite_number": "a finite number",
+        "greater_than": "more than {gt:g}",
+        "greater_than_equal": "at least {ge:g}",
+        "less_than": "less than {lt:g}",
+        "less_than_equal": "at most {le:g}",
+        "string_too_short": "some text",
+        "too_short": "at least {min_length} entry",
+        "string_pattern_mismatch": "a name of letters, digits, dots, underscores and hyphens",
+    }
+    if kind in words:
+        return f"expected {words[kind].format(**context)}"
+    return message[:1].lower() + message[1:]

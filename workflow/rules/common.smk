@@ -1,0 +1,121 @@
+"""Config lookups, targets, wildcard constraints: what every stage needs."""
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
+
+WORKFLOW = Path(os.path.relpath(Path(workflow.current_basedir).parent))
+
+# The package beside these rules, whether or not it is installed in Snakemake's own environment.
+sys.path.insert(0, str(WORKFLOW.resolve()))
+
+from layersense import paths, settings
+from layersense.calibration.database import USER_VERSION as DATABASE_VERSION
+from layersense.errors import LayersenseError
+from layersense.files import canonical_json
+from layersense.manifests.schema import SCHEMA_VERSION as MANIFEST_VERSION
+from layersense.manifests.tables import TABLE_VERSION
+from layersense.validation import check_gpus, load_config, read_config_file
+
+CONFIG_FILES = [
+    str(file) for file in (workflow.overwrite_configfiles or workflow.configfiles)
+]
+
+try:
+    for file in CONFIG_FILES:
+        read_config_file(file)
+    CONFIG = load_config(config, " + ".join(CONFIG_FILES) or "--config")
+    if workflow.is_main_process:
+        for warning in check_gpus(CONFIG, workflow.global_resources.get("gpu").value):
+            logger.warning(warning)
+except LayersenseError as error:
+    raise WorkflowError(str(error)) from None
+
+# The interpreter that runs Snakemake: a virtual environment that is not activated leaves plain
+# `python` to the system. With environments deployed by Snakemake it is theirs.
+if workflow.deployment_settings.deployment_method:
+    PYTHON = f"PYTHONPATH={shlex.quote(str(WORKFLOW.resolve()))} python"
+else:
+    PYTHON = shlex.quote(sys.executable)
+
+
+def names(mapping):
+    """Return a regular expression that matches exactly the names of a section."""
+    return "|".join(re.escape(name) for name in mapping)
+
+
+wildcard_constraints:
+    dataset=names(CONFIG.datasets),
+    model=names(CONFIG.models),
+    run=names(CONFIG.runs),
+    scheme=names(CONFIG.schemes),
+
+
+def per_scheme(path):
+    """Return a path for every run and each of its schemes."""
+    return [
+        path(run, scheme)
+        for run, entry in CONFIG.runs.items()
+        for scheme in entry.schemes
+    ]
+
+
+def targets(stage):
+    """Return the final files of a stage, the one place that names them."""
+    return {
+        "scores": [paths.scores(run) for run in CONFIG.runs],
+        "tables": [*per_scheme(paths.layers), paths.sensitivity(), paths.runs()],
+        "reports": [*per_scheme(paths.report_markdown), paths.summary()],
+    }[stage]
+
+
+def slice_of(function, *wildcard_names):
+    """Return a params function: one JSON string of exactly what changes a rule's output.
+
+    Snakemake compares params as a nameless set of values, so there is one value.
+    """
+    return lambda wildcards: canonical_json(
+        function(CONFIG, *(getattr(wildcards, name) for name in wildcard_names))
+    )
+
+
+def environment(name):
+    """Return the conda file of an environment."""
+    return f"../../envs/{name}.yaml"
+
+
+def formats_to_have(wildcards):
+    """Return the formats of a run's score file: those wanted, and those held that still match."""
+    held = settings.read_measured(paths.measured(wildcards.run))
+    return canonical_json(settings.tracked_formats(CONFIG, wildcards.run, held))
+
+
+def on_gpu(wildcards):
+    """Return whether a run scores on a GPU."""
+    return CONFIG.runs[wildcards.run].device == "cuda"
+
+
+def measured_scores(wildcards):
+    """Return a run's score file; under `frozen` it has to be there."""
+    path = paths.scores(wildcards.run)
+    if CONFIG.frozen and not Path(path).exists():
+        raise WorkflowError(
+            f"{path}: is missing and `frozen: true` measures nothing; copy it here, or leave "
+            f"`frozen` out to measure run {wildcards.run}"
+        )
+    return path
+
+
+def render_inputs(template):
+    """Return a template and the modules that render it: an edit of either re-renders."""
+    return {
+        "template": str(WORKFLOW / "templates" / template),
+        "modules": sorted(
+            str(path) for path in (WORKFLOW / "layersense/reports").glob("*.py")
+        ),
+    }

@@ -1,0 +1,33 @@
+"""Scores: one job a run, on a GPU unless the run says otherwise."""
+
+
+rule score:
+    """Measure every layer group under the formats that are missing; keep what is measured."""
+    input:
+        model=lambda wildcards: paths.model(CONFIG.runs[wildcards.run].model),
+        database=lambda wildcards: paths.calibration(CONFIG.runs[wildcards.run].dataset),
+    output:
+        scores=update(paths.scores("{run}")),
+        measured=update(paths.measured("{run}")),
+    log:
+        paths.log("score", "{run}"),
+    benchmark:
+        paths.benchmark("score", "{run}")
+    conda:
+        lambda wildcards: environment("cuda" if on_gpu(wildcards) else "cpu")
+    threads: 4
+    resources:
+        gpu=lambda wildcards: 1 if on_gpu(wildcards) else 0,
+        mem_mb=lambda wildcards, attempt: (
+            32_000 * attempt if on_gpu(wildcards) else 8_000
+        ),
+        runtime=lambda wildcards, attempt: 240 * attempt,
+    params:
+        settings=slice_of(settings.score_settings, "run"),
+        formats=formats_to_have,
+    shell:
+        PYTHON
+        + " -m layersense score {wildcards.run:q} --settings {params.settings:q}"
+        " --formats {params.formats:q} --model {input.model:q} --database {input.database:q}"
+        " --out {output.scores:q} --measured {output.measured:q} --threads {threads}"
+        " > {log:q} 2>&1"
