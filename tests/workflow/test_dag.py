@@ -35,7 +35,7 @@ def default_config(project: Project) -> dict[str, Any]:
 
 
 def planned(output: str) -> Jobs:
-    """Return the jobs that a dry run prints."""
+    """Return the jobs that a dry run prints, without their numbers, which differ by the call."""
     jobs: Jobs = {}
     for block in re.split(r"^(?=\[.*\]\n(?:local)?rule )", output, flags=re.MULTILINE):
         found = re.match(r"\[.*\]\n(?:local)?rule (\w+):\n", block)
@@ -45,6 +45,7 @@ def planned(output: str) -> Jobs:
         pairs = [pair.split("=", 1) for pair in fields.get("wildcards", "").split(", ") if pair]
         name = "/".join([found[1], *(value for _, value in pairs)])
         assert name not in jobs
+        del fields["jobid"]
         jobs[name] = fields
     return jobs
 
