@@ -2,6 +2,7 @@
 
 import datetime
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -11,6 +12,7 @@ import score_files as sf
 
 from layersense import config
 from layersense.errors import LayersenseError
+from layersense.manifests.about import ABOUT_KEY, About
 from layersense.manifests.read import read_manifest
 from layersense.manifests.schema import encode_manifest
 from layersense.manifests.tables import (
@@ -55,6 +57,7 @@ COLUMNS = [
     "cost_none",
     "score_per_mb_saved",
     "selected",
+    "reason",
 ]
 
 
@@ -122,12 +125,62 @@ def test_unreached_and_unknown_scores_have_no_rank(tmp_path):
 
 def test_metadata_compression_and_dictionaries(table):
     schema = pq.read_schema(table)
-    assert schema.metadata[b"layersense.schema_version"] == b"1"
+    assert schema.metadata[b"layersense.schema_version"] == b"2"
     assert set(read_units(table)) <= set(COLUMNS)
     for field in schema:
         assert not pa.types.is_string(field.type), f"{field.name} is not dictionary-encoded"
     group = pq.ParquetFile(table).metadata.row_group(0)
     assert {group.column(index).compression for index in range(group.num_columns)} == {"ZSTD"}
+
+
+def test_the_table_says_what_reports_need_beside_its_rows(tmp_path):
+    scores = sf.make_scores()
+    sf.set_reached(scores, "model.visual", "not_called")
+    manifest = write(tmp_path, scores, quant_formats=[FP8], effective_bits=12)
+    write_layers(manifest, tmp_path / "layers.parquet")
+    schema = pq.read_schema(tmp_path / "layers.parquet")
+    about = msgspec.json.decode(schema.metadata[ABOUT_KEY], type=About)
+    assert [finding.code for finding in about.findings] == ["subsystem-at-zero"]
+    assert about.measurements[FP8].tokens == sum(sf.TOKENS)
+    assert "host" not in about.environment[FP8]
+    frame = pd.read_parquet(tmp_path / "layers.parquet")
+    reasons = frame[frame.reason.notna()].set_index("layer").reason
+    assert set(reasons.index) == {name for name in sf.MODULES if "visual" in name}
+    assert set(reasons) == {"the calibration data never ran it"}
+
+
+def test_error_of_the_damage_is_that_of_the_sum_over_batches(tmp_path):
+    """All groups swing alike between the batches, so their errors add up, not their squares."""
+    manifest = write(tmp_path, quant_formats=[FP8], effective_bits=8)
+    write_runs([manifest], tmp_path / "runs.parquet")
+    (row,) = pq.read_table(tmp_path / "runs.parquet").to_pylist()
+    total = sum(sf.DAMAGE.values())
+    tokens, spread = np.array(sf.TOKENS), np.array(sf.SPREAD)
+    ratio = (tokens * spread).sum() / tokens.sum()
+    squares = ((tokens * (spread - ratio)) ** 2).sum()
+    expected = total * np.sqrt(4 / 3 * squares) / tokens.sum()
+    assert row["predicted_damage"] == pytest.approx(total * ratio)
+    assert row["predicted_damage_se"] == pytest.approx(expected)
+    frame = layers_table(read_manifest(manifest)).to_pandas()
+    chosen = frame[frame.selected & (frame.format != "NONE")]
+    assert row["predicted_damage_se"] == pytest.approx(chosen.score_se.sum())
+    assert row["versions"].startswith("layersense 0.1.0, modelopt 0.47.0, torch 2.14.1")
+
+
+def test_where_nothing_is_quantized_there_is_no_damage(tmp_path):
+    manifest = write(tmp_path, quant_formats=[FP8], effective_bits=16, exclude=["*"])
+    write_runs([manifest], tmp_path / "runs.parquet")
+    (row,) = pq.read_table(tmp_path / "runs.parquet").to_pylist()
+    assert (row["predicted_damage"], row["predicted_damage_se"]) == (0, 0)
+
+
+def test_under_objective_max_the_error_is_that_of_the_worst_group(tmp_path):
+    manifest = write(tmp_path, quant_formats=[FP8], effective_bits=8, objective="max")
+    write_runs([manifest], tmp_path / "runs.parquet")
+    (row,) = pq.read_table(tmp_path / "runs.parquet").to_pylist()
+    frame = layers_table(read_manifest(manifest)).to_pandas()
+    worst = frame[(frame.layer == "lm_head") & (frame.format == FP8)].iloc[0]
+    assert row["predicted_damage_se"] == pytest.approx(worst.score_se)
 
 
 def test_equal_manifests_give_equal_bytes(tmp_path):

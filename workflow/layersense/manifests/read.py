@@ -48,6 +48,8 @@ class NormalGroup(msgspec.Struct, kw_only=True):
     block: int | None
     kind: str
     selected: str | None
+    reason: str | None = None
+    """Why it may not be quantized; None if the solver decided."""
 
     @property
     def importance(self) -> float | None:
@@ -189,6 +191,7 @@ def _own(manifest: Manifest) -> NormalManifest:
                 block=group.block,
                 kind=group.kind,
                 selected=plain_name(group.selected),
+                reason=manifest.layers[group.module_names[0]].reason,
             )
             for handle, group in manifest.layer_sensitivity.items()
         ],

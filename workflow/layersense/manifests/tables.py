@@ -5,15 +5,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from layersense.errors import LayersenseError
 from layersense.files import atomic_path, canonical_json
+from layersense.manifests.about import ABOUT_KEY, damage_error, describe, versions
 from layersense.manifests.read import NormalGroup, NormalManifest, read_manifest
 from layersense.quantization.formats import NONE
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 BYTES_PER_COST = 2
 """ModelOpt's cost is elements × bits / 16, that is, units of two bytes."""
 
@@ -31,6 +33,7 @@ UNITS = {
     "cost": "elements × bits / 16, that is, units of 2 bytes",
     "cost_none": "cost of the unquantized group",
     "score_per_mb_saved": "score for each 10^6 bytes saved against NONE",
+    "reason": "why the group stays unquantized whatever it costs; null where the solver decided",
 }
 
 LAYERS = pa.schema(
@@ -48,6 +51,7 @@ LAYERS = pa.schema(
         ("n_batches", pa.int32()),
         *((name, pa.float64()) for name in ("cost", "cost_none", "score_per_mb_saved")),
         ("selected", pa.bool_()),
+        ("reason", _NAME),
     ],
     metadata={
         "layersense.table": "layers",
@@ -63,6 +67,7 @@ RUN_UNITS = {
     "bytes_before": "bytes of the searched weights, unquantized at 16 bits",
     "bytes_after": "bytes of the searched weights under the choice, scales included",
     "predicted_damage": "total score of the choice",
+    "predicted_damage_se": "standard error of predicted_damage, from the batches",
     "gap": "share of predicted_damage by which the choice could be improved at most",
     "searched_weights": "elements",
     "top_share": "share of the most sensitive group in the importance of all, 0 to 1",
@@ -76,8 +81,8 @@ RUNS = pa.schema(
         *((name, _NAME) for name in ("modality", "method", "engine", "task")),
         ("quant_formats", pa.list_(pa.string())),
         *((name, pa.float64()) for name in ("effective_bits_asked", "effective_bits")),
-        *((name, pa.float64()) for name in ("bytes_before", "bytes_after", "predicted_damage")),
-        ("gap", pa.float64()),
+        *((name, pa.float64()) for name in ("bytes_before", "bytes_after")),
+        *((name, pa.float64()) for name in ("predicted_damage", "predicted_damage_se", "gap")),
         *((name, pa.int64()) for name in ("groups", "groups_quantized", "groups_unreached")),
         *((name, pa.int64()) for name in ("searched_weights", "n_parameters", "score_samples")),
         *((name, pa.int32()) for name in ("errors", "warnings", "infos")),
@@ -85,6 +90,7 @@ RUNS = pa.schema(
         ("top_share", pa.float64()),
         ("subsystems", pa.list_(pa.string())),
         ("subsystem_shares", pa.list_(pa.float64())),
+        ("versions", _NAME),
     ],
     metadata={
         "layersense.table": "runs",
@@ -96,7 +102,11 @@ RUNS = pa.schema(
 
 
 def layers_table(manifest: NormalManifest) -> pa.Table:
-    """Return the tidy table of one manifest: columns :data:`LAYERS`, groups in model order."""
+    """Return the tidy table of one manifest: columns :data:`LAYERS`, groups in model order.
+
+    What the manifest says beside its groups stands in the table's metadata: see
+    :mod:`layersense.manifests.about`.
+    """
     shares, ranks = _shares_and_ranks(manifest)
     rows = []
     for group in manifest.groups:
@@ -142,9 +152,14 @@ def layers_table(manifest: NormalManifest) -> pa.Table:
                     if score is not None and saved > 0
                     else None,
                     "selected": None if group.selected is None else group.selected == name,
+                    "reason": group.reason,
                 }
             )
-    return _table(rows, LAYERS)
+    table = _table(rows, LAYERS)
+    if manifest.own is None:
+        return table
+    about = msgspec.json.encode(describe(manifest.own))
+    return table.replace_schema_metadata({**table.schema.metadata, ABOUT_KEY: about})
 
 
 def runs_table(manifests: Iterable[NormalManifest]) -> pa.Table:
@@ -159,7 +174,7 @@ def write_layers(manifest: str | Path, out: str | Path) -> None:
         LayersenseError: the manifest cannot be read.
     """
     table = layers_table(read_manifest(manifest))
-    with atomic_path(out) as temporary, _writer(temporary, LAYERS) as writer:
+    with atomic_path(out) as temporary, _writer(temporary, table.schema) as writer:
         writer.write_table(table)
 
 
@@ -272,6 +287,7 @@ def _run_row(manifest: NormalManifest) -> dict[str, Any]:
         "bytes_before": bytes_before,
         "bytes_after": BYTES_PER_COST * own.autoquant_state.cost if own else None,
         "predicted_damage": manifest.score,
+        "predicted_damage_se": damage_error(own) if own else None,
         "gap": own.autoquant_state.gap if own else None,
         "groups": len(manifest.groups),
         "groups_quantized": sum(name != NONE for name in selected) if own else None,
@@ -291,4 +307,5 @@ def _run_row(manifest: NormalManifest) -> dict[str, Any]:
             value / total if value is not None and total > 0 else None
             for value in subsystems.values()
         ],
+        "versions": versions(own) if own else None,
     }

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import fsum, sqrt
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from layersense.manifests.schema import (
 from layersense.quantization.formats import NONE
 from layersense.quantization.layers import is_router
 from layersense.recipes.solver import BUDGET_TOLERANCE, Problem, solve
-from layersense.scoring.scores import NONE_BITS, Reached, Scores, read_scores
+from layersense.scoring.scores import NONE_BITS, Reached, Scores, read_scores, score_per_token
 
 NOT_REACHED: dict[Reached, str] = {
     "not_called": "the calibration data never ran it",
@@ -173,35 +173,6 @@ def build_manifest(
     manifest.num_quantized_layers = sum(layer.quantized for layer in manifest.layers.values())
     manifest.findings = find(Evidence(scores, manifest, settings))
     return manifest
-
-
-def score_per_token(
-    batch_scores: Sequence[float | None], tokens: Sequence[int]
-) -> tuple[float | None, float | None]:
-    """Return a score and its standard error from the batches.
-
-    The score is the ratio ``R = Σ s / Σ t`` of summed scores to supervised tokens. Its standard
-    error is that of a ratio estimator over batches, ``√(n/(n−1) · Σ (s − R·t)²) / Σ t`` (Cochran,
-    *Sampling Techniques*, 3rd ed., eq. 6.13, without the finite population correction).
-
-    Args:
-        batch_scores: summed score of each batch; None where it was not finite.
-        tokens: supervised tokens of each batch.
-
-    Returns:
-        The score (None if a batch was not finite) and its standard error (None if that is so, or
-        with fewer than two batches).
-    """
-    values = [value for value in batch_scores if value is not None]
-    total = sum(tokens)
-    if len(values) < len(batch_scores) or not total:
-        return None, None
-    score = fsum(values) / total
-    count = len(values)
-    if count < 2:
-        return score, None
-    squares = fsum((s - score * t) ** 2 for s, t in zip(values, tokens, strict=True))
-    return score, sqrt(count / (count - 1) * squares) / total
 
 
 def monotone(scores: Sequence[float | None]) -> list[float | None]:

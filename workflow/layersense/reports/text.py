@@ -1,4 +1,4 @@
-"""Text for Markdown: escaping, numbers, sizes, and the Jinja2 environment that uses them."""
+"""Text of reports: numbers, sizes, one-line names, and Markdown with its escaping."""
 
 import html
 import re
@@ -23,7 +23,7 @@ def escape(value: object) -> Markdown:
     """Return ``value`` as Markdown that reads as it is: on one line, with nothing active in it."""
     if isinstance(value, Markdown):
         return value
-    text = html.escape(_one_line(str(value)), quote=False)
+    text = html.escape(plain(str(value)), quote=False)
     text = re.sub(r"([\\`*\[\]|~])", r"\\\1", text)
     # Between letters an underscore is plain on GitHub, and snake_case stays readable.
     return Markdown(re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text))
@@ -31,7 +31,7 @@ def escape(value: object) -> Markdown:
 
 def code(value: object) -> Markdown:
     """Return ``value`` as inline code that is safe in a table."""
-    text = _one_line(str(value)).strip()
+    text = plain(str(value)).strip()
     if not text or "`" in text or "\\" in text:  # a code span has no escape for these
         return escape(text)
     return Markdown("`" + text.replace("|", "\\|") + "`")
@@ -117,7 +117,9 @@ def render(template: str | Path, context: dict[str, Any]) -> str:
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def _one_line(text: str) -> str:
-    """Return text without line breaks, control characters and direction marks."""
+def plain(text: str) -> str:
+    """Return text on one line, without control characters and direction marks."""
+    if text.isascii() and text.isprintable():
+        return text if "  " not in text else re.sub(r" {2,}", " ", text)
     kept = "".join(" " if unicodedata.category(char)[0] in "CZ" else char for char in text)
     return re.sub(r" {2,}", " ", kept)

@@ -1,5 +1,7 @@
 """The score file of a run: what a GPU job measured, one entry a format (no torch)."""
 
+from collections.abc import Sequence
+from math import fsum, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,3 +168,32 @@ def read_scores(path: str | Path) -> Scores:
 def write_scores(path: str | Path, scores: Scores) -> None:
     """Write a score file atomically."""
     atomic_write(path, msgspec.json.format(msgspec.json.encode(scores), indent=1) + b"\n")
+
+
+def score_per_token(
+    batch_scores: Sequence[float | None], tokens: Sequence[int]
+) -> tuple[float | None, float | None]:
+    """Return a score and its standard error from the batches.
+
+    The score is the ratio ``R = Σ s / Σ t`` of summed scores to supervised tokens. Its standard
+    error is that of a ratio estimator over batches, ``√(n/(n−1) · Σ (s − R·t)²) / Σ t`` (Cochran,
+    *Sampling Techniques*, 3rd ed., eq. 6.13, without the finite population correction).
+
+    Args:
+        batch_scores: summed score of each batch; None where it was not finite.
+        tokens: supervised tokens of each batch.
+
+    Returns:
+        The score (None if a batch was not finite) and its standard error (None if that is so, or
+        with fewer than two batches).
+    """
+    values = [value for value in batch_scores if value is not None]
+    total = sum(tokens)
+    if len(values) < len(batch_scores) or not total:
+        return None, None
+    score = fsum(values) / total
+    count = len(values)
+    if count < 2:
+        return score, None
+    squares = fsum((s - score * t) ** 2 for s, t in zip(values, tokens, strict=True))
+    return score, sqrt(count / (count - 1) * squares) / total
