@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from layersense.recipes.solver import Problem, solve
+from layersense.recipes.solver import Problem, corners, solve
 
 
 def problem(n_groups: int, n_options: int, seed: int = 0) -> Problem:
@@ -36,6 +36,48 @@ def main() -> None:
                 f"| {n_groups:,} | {n_options} | {objective} | {seconds:.2f} | {peak:.2f} "
                 f"| {solution.gap:.1e} |"
             )
+        start = time.perf_counter()
+        points = corners(instance, 64)
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(
+            f"| {n_groups:,} | {n_options} | frontier of {len(points)} | {seconds:.2f} "
+            f"| {peak:.2f} | {max(point.gap for point in points):.1e} |"
+        )
+    against_modelopt()
+
+
+def against_modelopt() -> None:
+    """Compare with ModelOpt's own solver (PuLP, CBC), driven with the bounds that it tries."""
+    try:
+        from modelopt.torch.opt.searcher import LPS
+    except ImportError as error:
+        print(f"\nModelOpt's solver is not installed: {error}")
+        return
+    print("\n| groups | formats | ours, s | ModelOpt's, s | its damage / ours |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    for n_groups, n_options in ((40, 3), (300, 3), (300, 8), (1_000, 8), (3_000, 16)):
+        instance = problem(n_groups, n_options, seed=1)
+        budget = 1.3 * instance.costs.min(axis=1).sum()
+        start = time.perf_counter()
+        ours = solve(instance, budget)
+        own_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        choice, status = [], ""
+        for lower in (None, 0.99, 0.90):
+            choice, status = LPS(
+                name="AutoQuantize",
+                constraints={"size": (lower * budget if lower else lower, budget)},
+                constraints_to_candidate_costs={"size": instance.costs.tolist()},
+                candidate_scores=instance.scores.tolist(),
+            )()
+            if status == "Optimal":
+                break
+        seconds = time.perf_counter() - start
+        theirs = instance.scores[np.arange(n_groups), np.array(choice)].sum()
+        within = instance.costs[np.arange(n_groups), np.array(choice)].sum() <= budget * (1 + 1e-9)
+        ratio = f"{theirs / ours.score:.6f}" if within and status == "Optimal" else "none found"
+        print(f"| {n_groups:,} | {n_options} | {own_seconds:.2f} | {seconds:.2f} | {ratio} |")
 
 
 if __name__ == "__main__":

@@ -163,8 +163,22 @@ def test_a_missing_key_says_what_it_is_for() -> None:
     (line,) = problems(data)
     assert line == (
         "schemes.fp8.effective_bits: expected this key (Budget: average bits per weight over all "
-        "searched layers), found nothing"
+        "searched layers. A scheme has one budget: this, `size_gb` or `cost_table`) or another "
+        "budget (`size_gb` or `cost_table`), found nothing"
     )
+
+
+def test_a_scheme_has_one_budget() -> None:
+    data = valid()
+    data["schemes"]["fp8"]["size_gb"] = 3.0
+    (line,) = problems(data)
+    assert line == ("schemes.fp8.size_gb: expected one budget, and effective_bits is given already")
+    del data["schemes"]["fp8"]["effective_bits"]
+    assert load_config(data, "c.yaml", check_files=False).schemes["fp8"].size_gb == 3.0
+    del data["schemes"]["fp8"]["size_gb"]
+    data["schemes"]["fp8"]["cost_table"] = {"file": "t.csv", "at_most": 5.0, "units": "ms"}
+    (line,) = problems(data)
+    assert line.startswith("schemes.fp8.cost_table.units: expected one of the keys")
 
 
 def test_missing_sections_are_all_named() -> None:

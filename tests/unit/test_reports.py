@@ -14,6 +14,7 @@ from layersense.errors import LayersenseError
 from layersense.manifests.schema import encode_manifest
 from layersense.manifests.tables import write_layers, write_runs, write_sensitivity
 from layersense.recipes.decide import build_manifest
+from layersense.recipes.frontier import write_frontier
 from layersense.reports.markdown import write_report, write_summary
 from layersense.reports.text import bits, code, escape, number, percent, render, size
 from layersense.scoring.scores import Layer
@@ -34,6 +35,7 @@ def prepare(folder, scores=None, run="demo", scheme="mix", **keys):
     path.parent.mkdir(parents=True)
     path.write_bytes(encode_manifest(manifest))
     write_layers(path, path.with_name("layers.parquet"))
+    write_frontier(path, path.with_name("frontier.parquet"))
     return path
 
 
@@ -41,7 +43,14 @@ def report(folder, templates, scores=None, options=None, **keys):
     manifest = prepare(folder, scores, **keys)
     out = manifest.with_name("report.md")
     options = options or config.Report()
-    write_report(manifest, manifest.with_name("layers.parquet"), options, templates / REPORT, out)
+    write_report(
+        manifest,
+        manifest.with_name("layers.parquet"),
+        manifest.with_name("frontier.parquet"),
+        options,
+        templates / REPORT,
+        out,
+    )
     return out.read_text()
 
 
@@ -70,7 +79,7 @@ def test_report_answers_what_its_reader_asks(tmp_path, templates):
     top = text[: text.index("## Findings")]
     assert re.search(r"\*\*Quantize all 7 layer groups: \d to `INT4\S+` and \d to `FP8", top)
     assert "641 kB" in top  # 320,256 weights of two bytes
-    assert "at most 6 asked" in top
+    assert "at most 6 bits asked" in top
     assert "No other choice within this budget is predicted to do better." in top
     assert "Nothing that speaks against these numbers" in top
     for word in ("`./tiny-vlm`", "image_text", "ModelOpt | 0.47.0", "16 of them scored"):
@@ -79,12 +88,55 @@ def test_report_answers_what_its_reader_asks(tmp_path, templates):
     assert order == [
         "## Findings",
         "## Recipe",
+        "## Other budgets",
         "## By subsystem",
         "## Most damage for each MB saved",
         "## All layer groups by sensitivity",
         "## Provenance",
     ]
     assert "keep the full handle" in text
+
+
+def test_other_budgets_show_the_choice_the_baselines_and_the_knee(tmp_path, templates):
+    text = report(tmp_path, templates)
+    ((header, *rows),) = tables(text)["Other budgets"]
+    labels = [row[0] for row in rows]
+    assert "**mix, at most 6 effective bits**" in labels
+    assert f"{INT4} everywhere" in labels
+    assert f"{FP8} with the head kept" in labels
+    assert sum("(the knee)" in label for label in labels) == 1
+    found = [float(row[header.index("Bits")]) for row in rows]
+    assert found == sorted(found)
+    assert found[0] == 4.125
+    assert found[-1] == 16
+    # The best recipe of its bits is behind nothing; the head is too sensitive for INT4.
+    behind = {row[0]: row[header.index("Behind by")] for row in rows}
+    assert behind["**mix, at most 6 effective bits**"] == "0.0 %"
+    assert float(behind[f"{FP8} with the head kept"].removesuffix(" %")) > 0
+
+
+def test_a_budget_in_gb_is_told_in_gb(tmp_path, templates):
+    # 400,000 parameters of 4 bytes, 320,256 of them searched; 8 bits take a quarter of these.
+    text = report(tmp_path, templates, quant_formats=[FP8], effective_bits=None, size_gb=0.0008)
+    assert "(at most 0.000800 GB asked" in " ".join(text.split())
+    assert "goes from 1.60 MB to" in " ".join(text.split())
+
+
+def test_choices_within_the_noise_are_named(tmp_path, templates):
+    scores = sf.make_scores(formats=(FP8, INT8))
+    for handle, group in scores.formats[INT8].groups.items():
+        # The same damage as FP8 but for noise, so that nothing tells the two apart.
+        noise = [1.02, 0.97, 1.03, 0.98]
+        group.batch_scores = [
+            value * factor
+            for value, factor in zip(
+                scores.formats[FP8].groups[handle].batch_scores, noise, strict=True
+            )
+        ]
+    text = report(tmp_path, templates, scores, quant_formats=[FP8, INT8], effective_bits=11)
+    assert "which lies within the noise of the scores, for:\n`" in text
+    clear = report(tmp_path / "clear", templates)
+    assert "within the noise" not in clear
 
 
 def test_table_of_all_groups_is_sorted_and_without_none(tmp_path, templates):
@@ -286,6 +338,7 @@ def test_a_broken_template_or_table_is_named(tmp_path):
         write_report(
             manifest,
             manifest.with_name("layers.parquet"),
+            manifest.with_name("frontier.parquet"),
             config.Report(),
             template,
             tmp_path / "o",

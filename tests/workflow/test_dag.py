@@ -20,6 +20,7 @@ Jobs = dict[str, dict[str, str]]
 EXAMPLES = sorted(
     path.name for path in (Path(__file__).parents[2] / "config" / "examples").glob("*.yaml")
 )
+SCHEME_RULES = ("solve", "layers", "frontier", "report")
 MEASURING = {"dataset", "model", "score", "scores"}
 
 
@@ -71,7 +72,7 @@ def expected(config: dict[str, Any]) -> set[str]:
     for name, run in config["runs"].items():
         jobs |= {f"dataset/{run['dataset']}", f"model/{run['model']}", f"score/{name}"}
         for scheme in run["schemes"]:
-            jobs |= {f"{rule}/{name}/{scheme}" for rule in ("solve", "layers", "report")}
+            jobs |= {f"{rule}/{name}/{scheme}" for rule in SCHEME_RULES}
     return jobs
 
 
@@ -131,14 +132,14 @@ def add_dataset(config: dict[str, Any]) -> None:
     [
         (
             remove_scheme,
-            {f"{rule}/demo.image-text/int8_all_layers" for rule in ("solve", "layers", "report")},
+            {f"{rule}/demo.image-text/int8_all_layers" for rule in SCHEME_RULES},
             set(),
         ),
         (
             remove_run,
             {
                 "score/demo.captions",
-                *(f"{rule}/demo.captions/fp8_language" for rule in ("solve", "layers", "report")),
+                *(f"{rule}/demo.captions/fp8_language" for rule in SCHEME_RULES),
             },
             set(),
         ),

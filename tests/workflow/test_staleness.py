@@ -10,14 +10,13 @@ from conftest import Project
 pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
 SUMMARIES = {"summaries", "summary"}
+SCHEME_RULES = ("solve", "layers", "frontier", "report")
 VLM_SCHEMES = ("fp8", "mixed")
 
 
 def chain(run: str, *schemes: str) -> set[str]:
     """The CPU jobs of a run's schemes, and those that put all together."""
-    steps = {
-        f"{step}/{run}/{scheme}" for scheme in schemes for step in ("solve", "layers", "report")
-    }
+    steps = {f"{step}/{run}/{scheme}" for scheme in schemes for step in SCHEME_RULES}
     return steps | SUMMARIES
 
 
@@ -78,6 +77,36 @@ def test_coverage_solves_its_scheme_again(study: Project) -> None:
     coverage = {"coverage_mode": "fraction", "coverage_fraction": 0.9}
     study.edit(lambda config: config["schemes"]["mixed"].update(coverage))
     assert study.run().jobs == chain("vlm.photos", "mixed")
+
+
+def test_costs_of_ones_own_solve_their_scheme_again(study: Project) -> None:
+    layers = study.json("vlm.photos/mixed/manifest.json")["layer_sensitivity"]
+    table = study.root / "ms.csv"
+
+    def write(factor: float) -> None:
+        rows = [
+            f"{handle.removesuffix('.quant_recipe')},{label.split('(')[0]},{cost * factor}"
+            for handle, group in layers.items()
+            for label, cost in zip(group["formats"], group["costs"], strict=True)
+        ]
+        table.write_text("\n".join(["layer,format,cost", *rows]) + "\n")
+
+    write(1.0)
+    total = sum(group["costs"][-1] for group in layers.values())
+
+    def change(config: dict[str, Any]) -> None:
+        del config["schemes"]["mixed"]["effective_bits"]
+        config["schemes"]["mixed"]["cost_table"] = {"file": "ms.csv", "at_most": total * 10 / 16}
+
+    study.edit(change)
+    assert study.run().jobs == chain("vlm.photos", "mixed")
+    state = study.json("vlm.photos/mixed/manifest.json")["autoquant_state"]
+    assert state["constraints"]["effective_bits"] <= 10
+    # The table itself is an input: other costs, another choice.
+    write(0.9)
+    assert study.run().jobs == chain("vlm.photos", "mixed")
+    again = study.json("vlm.photos/mixed/manifest.json")["autoquant_state"]
+    assert again["constraints"]["effective_bits"] > state["constraints"]["effective_bits"]
 
 
 def test_a_new_scheme_over_measured_formats_scores_nothing(study: Project) -> None:

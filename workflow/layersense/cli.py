@@ -113,6 +113,14 @@ def solve(
 
 
 @app.command(rich_help_panel=RULES)
+def frontier(manifest: Manifest, out: Out) -> None:
+    """Write the recipes of one scheme over all budgets."""
+    from layersense.recipes.frontier import write_frontier
+
+    write_frontier(manifest, out)
+
+
+@app.command(rich_help_panel=RULES)
 def table(manifest: Manifest, out: Out) -> None:
     """Write the tidy table of one manifest."""
     from layersense.manifests.tables import write_layers
@@ -137,6 +145,7 @@ def tables(
 def report(
     manifest: Manifest,
     layers: Annotated[Path, typer.Option(help="Table of the scheme.")],
+    frontier: Annotated[Path, typer.Option(help="Frontier of the scheme.")],
     settings: Settings,
     template: Template,
     out: Out,
@@ -145,7 +154,7 @@ def report(
     from layersense.config import Report
     from layersense.reports.markdown import write_report
 
-    write_report(manifest, layers, Report.model_validate(settings), template, out)
+    write_report(manifest, layers, frontier, Report.model_validate(settings), template, out)
 
 
 @app.command(rich_help_panel=RULES)

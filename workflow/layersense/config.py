@@ -161,13 +161,33 @@ class OwnFormat(Section):
     """Calibration algorithm, if not the base's: `max`, `awq_lite`, `smoothquant`…"""
 
 
+class CostTable(Section):
+    """A budget in a unit of your own: what each layer costs under each format."""
+
+    file: str
+    """CSV file with the columns `layer`, `format` (`NONE` for unquantized) and `cost`. A layer is a
+    module, or a layer group as tables name it."""
+    at_most: float = Field(gt=0)
+    """Budget: the largest sum of costs, in the unit of the file."""
+    unit: str = Field("ms", min_length=1)
+    """What the costs are, for reports."""
+
+
 class Scheme(Section):
     """What to decide: which formats may be used, where, and at which budget. Names no data."""
 
     quant_formats: list[str] = Field(min_length=1)
     """Formats that a layer may take, beside staying unquantized."""
-    effective_bits: float = Field(gt=0, le=16)
-    """Budget: average bits per weight over all searched layers."""
+    effective_bits: float | None = Field(None, gt=0, le=16)
+    """Budget: average bits per weight over all searched layers. A scheme has one budget: this,
+    `size_gb` or `cost_table`."""
+    size_gb: float | None = Field(None, gt=0)
+    """Budget: size of the whole checkpoint in GB (10^9 bytes), with all that is never searched."""
+    cost_table: CostTable | None = None
+    """Budget: a cost that you give by layer and format, such as a latency."""
+    risk: float = Field(0.0, ge=0)
+    """How many standard errors of a score count as damage: 0 minimises the scores, 1 or 2 avoid
+    formats whose score is uncertain."""
     coverage_mode: Literal["full", "fraction"] = "full"
     """`full`: every layer may be quantized. `fraction`: only the least sensitive layers, up to
     `coverage_fraction`."""

@@ -35,7 +35,7 @@ _SECTIONS: dict[str, tuple[tuple[str, type[BaseModel]], ...]] = {
         ("The demo model", models.DemoModel),
     ),
     "formats": (("", models.OwnFormat),),
-    "schemes": (("", models.Scheme),),
+    "schemes": (("", models.Scheme), ("`cost_table` of a scheme", models.CostTable)),
     "runs": (("", models.Run),),
     "report": (("", models.Report),),
 }
@@ -220,7 +220,7 @@ def _type(annotation: Any) -> str:
         return " or ".join(f"`{arg}`" for arg in args)
     if origin is list:
         return f"list of {_type(args[0])}"
-    if origin is dict:
+    if origin is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         return "mapping"
     return {str: "text", int: "whole number", float: "number", bool: "true or false"}[annotation]
 

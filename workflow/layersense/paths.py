@@ -57,6 +57,11 @@ def layers(run: str, scheme: str) -> str:
     return f"{RESULTS}/{run}/{scheme}/layers.parquet"
 
 
+def frontier(run: str, scheme: str) -> str:
+    """Return the table of one scheme's recipes over all budgets: bits against damage."""
+    return f"{RESULTS}/{run}/{scheme}/frontier.parquet"
+
+
 def report_markdown(run: str, scheme: str) -> str:
     """Return the Markdown report of one scheme."""
     return f"{RESULTS}/{run}/{scheme}/layer-sensitivity-report.md"

@@ -23,7 +23,7 @@ ENGINE_VERSIONS = {"modelopt": 1}
 Code is no trigger: a comment edited in a scoring module must not cost a GPU hour.
 """
 
-SOLVER_VERSION = 1
+SOLVER_VERSION = 2
 """Raised when the solver's choice or the findings change for the same scores."""
 
 

@@ -38,6 +38,8 @@ ENTRIES: dict[str, type[BaseModel]] = {
     "schemes": models.Scheme,
     "runs": models.Run,
 }
+BUDGETS = ("effective_bits", "size_gb", "cost_table")
+"""Keys of a scheme of which it has one."""
 SECTIONS = ("datasets", "models", "formats", "schemes", "runs")
 """Sections that map names to entries."""
 
@@ -249,6 +251,8 @@ class _Checker:
             entry = self.data[section][path[1]]
             kinds = DATASETS if section == "datasets" else MODELS
             return kinds[entry.get("source", "checkpoint")]
+        if path[2:3] == ("cost_table",):
+            return models.CostTable
         return ENTRIES[section]
 
     def _fields(self, path: Path_) -> list[str]:
@@ -388,6 +392,7 @@ class _Checker:
                 self.add((*path, "quant_formats", i), f"names the format `{format.name}` twice")
             else:
                 formats.append(format)
+        self._check_budget(path, scheme)
         bits = scheme.get("effective_bits")
         if formats and whole and bits is not None:
             lowest = min(formats, key=lambda format: format.effective_bits)
@@ -405,6 +410,18 @@ class _Checker:
                 "expected 1.0 or nothing under `coverage_mode: full`; set "
                 "`coverage_mode: fraction` to limit the share",
                 fraction,
+            )
+
+    def _check_budget(self, path: Path_, scheme: Part) -> None:
+        given = [key for key in BUDGETS if scheme.get(key) is not None]
+        broken = any((*path, key) in self.bad for key in BUDGETS)
+        if len(given) > 1:
+            self.add((*path, given[1]), f"expected one budget, and {given[0]} is given already")
+        elif not given and not broken and scheme:
+            self.add(
+                (*path, "effective_bits"),
+                f"expected this key ({self._description((*path, 'effective_bits'))}) or another "
+                f"budget ({_or(BUDGETS[1:])}), found nothing",
             )
 
     def _check_model(self, name: str, model: Part) -> None:
@@ -524,6 +541,10 @@ class _Checker:
         for name, dataset in self.items("datasets"):
             if name in used["datasets"]:
                 self._check_data(("datasets", name), dataset)
+        for name, scheme in self.items("schemes"):
+            table = scheme.get("cost_table")
+            if isinstance(table, dict):
+                self._check_file(("schemes", name, "cost_table", "file"), table.get("file"))
 
     def _check_data(self, path: Path_, dataset: Part) -> None:
         source = dataset.get("source")

@@ -20,6 +20,7 @@ from layersense.errors import LayersenseError
 from layersense.files import canonical_json
 from layersense.manifests.schema import SCHEMA_VERSION as MANIFEST_VERSION
 from layersense.manifests.tables import TABLE_VERSION
+from layersense.recipes.frontier import FRONTIER_VERSION
 from layersense.validation import check_gpus, load_config, read_config_file
 
 CONFIG_FILES = [
@@ -69,7 +70,12 @@ def targets(stage):
     """Return the final files of a stage, the one place that names them."""
     return {
         "scores": [paths.scores(run) for run in CONFIG.runs],
-        "tables": [*per_scheme(paths.layers), paths.sensitivity(), paths.runs()],
+        "tables": [
+            *per_scheme(paths.layers),
+            *per_scheme(paths.frontier),
+            paths.sensitivity(),
+            paths.runs(),
+        ],
         "reports": [*per_scheme(paths.report_markdown), paths.summary()],
     }[stage]
 
@@ -109,6 +115,12 @@ def measured_scores(wildcards):
             f"`frozen` out to measure run {wildcards.run}"
         )
     return path
+
+
+def cost_table(wildcards):
+    """Return the file of a scheme's own costs, if they are its budget."""
+    table = CONFIG.schemes[wildcards.scheme].cost_table
+    return [table.file] if table else []
 
 
 def render_inputs(template):

@@ -5,6 +5,7 @@ rule solve:
     """Solve one scheme over the scores: the manifest, with findings and the choice."""
     input:
         scores=measured_scores,
+        cost_table=cost_table,
     output:
         paths.manifest("{run}", "{scheme}"),
     log:
@@ -19,4 +20,24 @@ rule solve:
     shell:
         PYTHON + " -m layersense solve {wildcards.run:q} {wildcards.scheme:q}"
         " --settings {params.settings:q} --scores {input.scores:q} --out {output:q}"
+        " > {log:q} 2>&1"
+
+
+rule frontier:
+    """The recipes of one scheme over all budgets, and the baselines to compare with."""
+    input:
+        manifest=paths.manifest("{run}", "{scheme}"),
+    output:
+        paths.frontier("{run}", "{scheme}"),
+    log:
+        paths.log("frontier", "{run}", "{scheme}"),
+    benchmark:
+        paths.benchmark("frontier", "{run}", "{scheme}")
+    conda:
+        environment("report")
+    params:
+        version=f"frontier-{FRONTIER_VERSION}",
+    shell:
+        PYTHON
+        + " -m layersense frontier --manifest {input.manifest:q} --out {output:q}"
         " > {log:q} 2>&1"

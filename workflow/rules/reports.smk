@@ -7,6 +7,7 @@ rule report:
         **render_inputs("layer-sensitivity-report.md.j2"),
         manifest=paths.manifest("{run}", "{scheme}"),
         layers=paths.layers("{run}", "{scheme}"),
+        frontier=paths.frontier("{run}", "{scheme}"),
     output:
         report(
             paths.report_markdown("{run}", "{scheme}"),
@@ -25,7 +26,8 @@ rule report:
     shell:
         PYTHON
         + " -m layersense report --manifest {input.manifest:q} --layers {input.layers:q}"
-        " --settings {params.settings:q} --template {input.template:q} --out {output:q}"
+        " --frontier {input.frontier:q} --settings {params.settings:q}"
+        " --template {input.template:q} --out {output:q}"
         " > {log:q} 2>&1"
 
 

@@ -5,18 +5,10 @@ answer are no columns, so :mod:`layersense.manifests.tables` puts them into the 
 What differs from run to run (seconds, peak memory, host) is left out: same measurement, same bytes.
 """
 
-from math import sqrt
-
 import msgspec
 
-from layersense.manifests.schema import (
-    AutoQuantizeState,
-    Finding,
-    Manifest,
-    Scheme,
-    plain_name,
-)
-from layersense.scoring.scores import Dataset, Model, score_per_token
+from layersense.manifests.schema import AutoQuantizeState, Finding, Manifest, Scheme
+from layersense.scoring.scores import Dataset, Model
 
 ABOUT_KEY = b"layersense.about"
 """Key of the table's metadata."""
@@ -66,7 +58,7 @@ def describe(manifest: Manifest) -> About:
         model=manifest.model,
         dataset=manifest.dataset,
         state=manifest.autoquant_state,
-        damage_se=damage_error(manifest),
+        damage_se=manifest.autoquant_state.score_se,
         findings=manifest.findings,
         environment={
             name: {key: value for key, value in entry.items() if key != "host"}
@@ -89,45 +81,6 @@ def describe(manifest: Manifest) -> About:
             for name, run in manifest.run.items()
         },
     )
-
-
-def damage_error(manifest: Manifest) -> float | None:
-    """Return the standard error of the predicted damage.
-
-    Groups are scored on the same batches, so their errors are not independent: the damage of each
-    batch is summed over the choice first, and the error is that of
-    :func:`layersense.scoring.scores.score_per_token` over these sums. Under ``objective: max`` the
-    damage is one group's score, and the error is that group's.
-
-    Returns:
-        The error in the unit of a score; None with fewer than two batches. Where formats were
-        scored on different batches, that of independent scores.
-    """
-    chosen = []
-    tokens = set()
-    for group in manifest.layer_sensitivity.values():
-        selected = group.formats.index(group.selected)
-        solver = group.scores_solver[selected]
-        if not solver:
-            continue
-        # Made monotone, a score may be that of a smaller format: take its batches.
-        source = group.scores.index(solver) if solver in group.scores else selected
-        name = plain_name(group.formats[source])
-        chosen.append((solver, group.batch_scores[source], group.scores_se[source]))
-        tokens.add(tuple(manifest.run[name].batches.tokens))
-    if not chosen:
-        return 0.0
-    if manifest.scheme.objective == "max":
-        return max(chosen, key=lambda entry: entry[0])[2]
-    if len(tokens) != 1:
-        errors = [error for _, _, error in chosen]
-        known = [error for error in errors if error is not None]
-        return sqrt(sum(error**2 for error in known)) if len(known) == len(errors) else None
-    totals: list[float | None] = []
-    for column in zip(*(batches for _, batches, _ in chosen), strict=True):
-        known = [value for value in column if value is not None]
-        totals.append(sum(known) if len(known) == len(column) else None)
-    return score_per_token(totals, next(iter(tokens)))[1]
 
 
 def versions(manifest: Manifest) -> str:

@@ -19,8 +19,9 @@ class Scheme(msgspec.Struct, kw_only=True):
 
     name: str
     quant_formats: list[str]
-    effective_bits: float
-    auto_quantize_bits: float
+    effective_bits: float | None
+    """The budget in bits; None where it is in another unit: see ``autoquant_state.budget``."""
+    auto_quantize_bits: float | None
     """The same number under the how-to's key."""
     auto_quantize_method: str
     coverage_mode: str
@@ -30,6 +31,8 @@ class Scheme(msgspec.Struct, kw_only=True):
     routers: bool
     unreached: str
     objective: str
+    risk: float = 0.0
+    """Standard errors of a score that count as damage."""
 
 
 class Layer(msgspec.Struct, kw_only=True):
@@ -42,6 +45,8 @@ class Layer(msgspec.Struct, kw_only=True):
     """Chosen format, ``NONE`` if it stays unquantized."""
     reason: str | None = None
     """Why it was not searched or not allowed; None if the solver decided."""
+    tied_to: str | None = None
+    """Module that shares this module's weight tensor, if any."""
 
 
 class LayerSensitivity(msgspec.Struct, kw_only=True):
@@ -66,6 +71,27 @@ class LayerSensitivity(msgspec.Struct, kw_only=True):
     kind: str
     selected: str
     """Label of the chosen format, one of ``formats``."""
+    allowed: list[bool]
+    """Whether the scheme lets the group take each format; ``NONE`` always."""
+    budget_costs: list[float] | None = None
+    """Cost of each format in the unit of the budget; None where that is ``costs`` (bits)."""
+    flips_to: str | None = None
+    """Format that the group could take within the noise of the scores instead of the chosen one."""
+
+
+class Budget(msgspec.Struct, kw_only=True):
+    """What the choice may cost."""
+
+    kind: Literal["bits", "size", "table"]
+    unit: str
+    limit: float
+    """As asked, in ``unit``."""
+    used: float
+    """By the choice, in ``unit``."""
+    fixed: float = 0.0
+    """Share of ``used`` that no choice changes, such as the embeddings of a checkpoint."""
+    per_cost: float = 1.0
+    """``used`` is ``fixed`` + ``per_cost`` × the sum of the budget costs of the choice."""
 
 
 class AutoQuantizeState(msgspec.Struct, kw_only=True):
@@ -79,10 +105,22 @@ class AutoQuantizeState(msgspec.Struct, kw_only=True):
     cost: float
     """Compressed weight size of the choice, elements × bits / 16."""
     lower_bound: float
-    """No choice within the budget has a lower total than this."""
+    """No choice within the budget has a lower ``minimized`` than this."""
     gap: float
-    """(score − lower_bound) / score, 0 if the score is 0: how far from proven optimal."""
+    """(minimized − lower_bound) / minimized, 0 if that is 0: how far from proven optimal."""
     is_satisfied: bool
+    minimized: float
+    """What the solver minimised: ``score``, with ``risk`` × its groups' standard errors."""
+    score_se: float | None
+    """Standard error of ``score`` from the batches; None with fewer than two."""
+    score_low: float | None
+    score_high: float | None
+    """95 % interval of ``score`` by Student's t; None with fewer than two batches."""
+    budget: Budget
+    checkpoint_bytes: float
+    """Predicted bytes of all tensors of the checkpoint, with what was never searched."""
+    checkpoint_bytes_before: float
+    """The same of the unquantized checkpoint."""
 
 
 class Ranked(msgspec.Struct, kw_only=True):

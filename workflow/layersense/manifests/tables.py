@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from layersense.errors import LayersenseError
 from layersense.files import atomic_path, canonical_json
-from layersense.manifests.about import ABOUT_KEY, damage_error, describe, versions
+from layersense.manifests.about import ABOUT_KEY, describe, versions
 from layersense.manifests.read import NormalGroup, NormalManifest, read_manifest
 from layersense.quantization.formats import NONE
 
@@ -287,7 +287,7 @@ def _run_row(manifest: NormalManifest) -> dict[str, Any]:
         "bytes_before": bytes_before,
         "bytes_after": BYTES_PER_COST * own.autoquant_state.cost if own else None,
         "predicted_damage": manifest.score,
-        "predicted_damage_se": damage_error(own) if own else None,
+        "predicted_damage_se": own.autoquant_state.score_se if own else None,
         "gap": own.autoquant_state.gap if own else None,
         "groups": len(manifest.groups),
         "groups_quantized": sum(name != NONE for name in selected) if own else None,

@@ -13,6 +13,7 @@ from layersense.files import atomic_write
 from layersense.manifests.findings import Evidence, find
 from layersense.manifests.schema import (
     AutoQuantizeState,
+    Budget,
     FormatRun,
     Layer,
     LayerSensitivity,
@@ -21,10 +22,13 @@ from layersense.manifests.schema import (
     Scheme,
     encode_manifest,
     label,
+    plain_name,
 )
 from layersense.quantization.formats import NONE
 from layersense.quantization.layers import is_router
-from layersense.recipes.solver import BUDGET_TOLERANCE, Problem, solve
+from layersense.recipes.budgets import Limit, budget_of
+from layersense.recipes.menu import Menu
+from layersense.recipes.solver import BUDGET_TOLERANCE, solve
 from layersense.scoring.scores import NONE_BITS, Reached, Scores, read_scores, score_per_token
 
 NOT_REACHED: dict[Reached, str] = {
@@ -49,7 +53,6 @@ class _Group:
     reached: Reached
     kept: str | None = None
     """Why it may not be quantized; None if the solver decides."""
-    selected: int = -1
 
     @property
     def importance(self) -> float | None:
@@ -59,7 +62,11 @@ class _Group:
 
 
 def solve_scheme(
-    run: str, scheme: str, settings: Mapping[str, Any], scores: Path, out: Path
+    run: str,
+    scheme: str,
+    settings: Mapping[str, Any],
+    scores: Path,
+    out: Path,
 ) -> None:
     """Decide one scheme and write its manifest.
 
@@ -109,13 +116,19 @@ def build_manifest(
     Raises:
         LayersenseError: a format was not measured, or the budget cannot be met.
     """
+    where = f"run {run}, scheme {scheme_name}"
     for name in scheme.quant_formats:
         if name not in scores.formats:
             raise LayersenseError(
-                f"run {run}, scheme {scheme_name}: format {name} has not been measured; run "
+                f"{where}: format {name} has not been measured; run "
                 "`snakemake scores` (without frozen=true), or take it out of the scheme's "
                 "quant_formats"
             )
+    if not scores.groups:
+        raise LayersenseError(
+            f"{where}: the score file has no layer group; score the run again, or choose a model "
+            "with linear layers or convolutions"
+        )
     # ModelOpt's order: by compression; of equal bits by name, to have one order.
     formats = sorted(
         dict.fromkeys(scheme.quant_formats),
@@ -123,8 +136,15 @@ def build_manifest(
     )
     groups = {handle: _group(scores, handle, formats) for handle in scores.groups}
     _keep(scores, groups, scheme)
-    total = fsum(group.n_weights for group in scores.groups.values())
-    state = _choose(scores, groups, scheme, total, f"run {run}, scheme {scheme_name}")
+    sensitivity = {handle: _sensitivity(scores, handle, group) for handle, group in groups.items()}
+    limit = budget_of(scheme, scores, sensitivity, where)
+    menu = Menu.of(
+        sensitivity,
+        {name: scores.formats[name].batches.tokens for name in formats},
+        objective=scheme.objective,
+        risk=scheme.risk,
+    )
+    state = _choose(scores, groups, sensitivity, menu, scheme, limit, where)
     manifest = Manifest(
         scheme=Scheme(
             name=scheme_name,
@@ -139,16 +159,15 @@ def build_manifest(
             routers=scheme.routers,
             unreached=scheme.unreached,
             objective=scheme.objective,
+            risk=scheme.risk,
         ),
         run_name=run,
         model=scores.model,
         dataset=scores.dataset,
         num_quantized_layers=0,
-        layers=_layers(scores, groups),
+        layers=_layers(scores, groups, sensitivity),
         autoquant_state=state,
-        layer_sensitivity={
-            handle: _sensitivity(scores, handle, group) for handle, group in groups.items()
-        },
+        layer_sensitivity=sensitivity,
         sensitivity_ranking=_ranking(groups),
         findings=[],
         environment={name: scores.formats[name].environment for name in formats},
@@ -260,55 +279,54 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _choose(
     scores: Scores,
     groups: Mapping[str, _Group],
+    sensitivity: Mapping[str, LayerSensitivity],
+    menu: Menu,
     scheme: config.Scheme,
-    total: float,
+    limit: Limit,
     where: str,
 ) -> AutoQuantizeState:
-    """Solve, write the choice into ``groups`` and return the state."""
-    if not groups:
-        raise LayersenseError(
-            f"{where}: the score file has no layer group; score the run again, or choose a model "
-            "with linear layers or convolutions"
-        )
-    options = {
-        handle: [len(group.formats) - 1] if group.kept else list(range(len(group.formats)))
-        for handle, group in groups.items()
-    }
-    budget = total * scheme.effective_bits / NONE_BITS
-    lowest = fsum(min(groups[h].costs[i] for i in picks) for h, picks in options.items())
-    if lowest > budget * (1 + BUDGET_TOLERANCE):
-        raise LayersenseError(
-            _unreachable(scores, groups, scheme, lowest / total * NONE_BITS, total, where)
-        )
-    solution = solve(
-        Problem.of(
-            [[groups[h].solver[i] or 0.0 for i in picks] for h, picks in options.items()],
-            [[groups[h].costs[i] for i in picks] for h, picks in options.items()],
-        ),
-        budget,
-        scheme.objective,
-    )
-    for (handle, picks), choice in zip(options.items(), solution.choice, strict=True):
-        groups[handle].selected = picks[int(choice)]
+    """Solve, write the choice into ``sensitivity`` and return the state."""
+    problem = menu.problem
+    lowest = fsum(problem.costs.min(axis=1))
+    if lowest > limit.room * (1 + BUDGET_TOLERANCE):
+        raise LayersenseError(_unreachable(scores, groups, limit, lowest, where))
+    solution = solve(problem, limit.room, scheme.objective)
+    flips = menu.flips(solution.choice, limit.room)
+    for handle, name in menu.recipe(solution.choice).items():
+        group = sensitivity[handle]
+        labels = {plain_name(text): text for text in group.formats}
+        group.selected = labels[name]
+        group.flips_to = flips.get(handle)
+    damage = menu.damage(solution.choice)
     return AutoQuantizeState(
         keys=["candidate_stats", "best", "constraints"],
-        constraints={"effective_bits": solution.cost / total * NONE_BITS},
-        score=solution.score,
-        cost=solution.cost,
+        constraints={"effective_bits": menu.effective_bits(solution.choice)},
+        score=damage.score,
+        score_se=damage.error,
+        score_low=damage.low,
+        score_high=damage.high,
+        cost=menu.cost(solution.choice),
+        minimized=solution.score,
         lower_bound=solution.lower_bound,
         gap=solution.gap,
         is_satisfied=True,
+        budget=Budget(
+            kind=limit.kind,
+            unit=limit.unit,
+            limit=limit.asked,
+            used=limit.used(menu.budget_cost(solution.choice)),
+            fixed=limit.fixed,
+            per_cost=limit.per_cost,
+        ),
+        checkpoint_bytes=limit.size.of_recipe(menu.recipe(solution.choice)),
+        checkpoint_bytes_before=limit.size.of_recipe(dict.fromkeys(sensitivity, NONE)),
     )
 
 
 def _unreachable(
-    scores: Scores,
-    groups: Mapping[str, _Group],
-    scheme: config.Scheme,
-    lowest: float,
-    total: float,
-    where: str,
+    scores: Scores, groups: Mapping[str, _Group], limit: Limit, lowest: float, where: str
 ) -> str:
+    total = fsum(group.n_weights for group in scores.groups.values())
     kept: dict[str, float] = {}
     for handle, group in groups.items():
         if group.kept:
@@ -321,30 +339,41 @@ def _unreachable(
         for why, share in sorted(kept.items(), key=lambda item: -item[1])
     )
     # Rounded up, so that the number named can be asked for.
-    reachable = -(-lowest * 1e4 // 1) / 1e4
+    reachable = ceil_digits(limit.used(lowest))
     return (
-        f"{where}: {scheme.effective_bits:g} effective bits cannot be met, the lowest reachable "
+        f"{where}: {limit.asked:g} {limit.unit} cannot be met, the lowest reachable "
         f"are {reachable:g} ({limits or 'the smallest format everywhere'}); raise "
-        "effective_bits, add a smaller format or loosen the scheme's constraints"
+        f"{limit.key}, add a smaller format or loosen the scheme's constraints"
     )
 
 
-def _layers(scores: Scores, groups: Mapping[str, _Group]) -> dict[str, Layer]:
+def ceil_digits(value: float) -> float:
+    """Return ``value`` rounded up to four decimals."""
+    return -(-value * 1e4 // 1) / 1e4
+
+
+def _layers(
+    scores: Scores,
+    groups: Mapping[str, _Group],
+    sensitivity: Mapping[str, LayerSensitivity],
+) -> dict[str, Layer]:
     layers = {}
     for name, layer in scores.layers.items():
         group = groups[layer.group] if layer.group else None
-        chosen = group.formats[group.selected] if group else NONE
+        chosen = plain_name(sensitivity[layer.group].selected) if layer.group else NONE
         layers[name] = Layer(
             quantized=chosen != NONE,
             module_type=layer.module_type,
             n_weights=layer.n_weights,
             format=chosen,
             reason=group.kept if group else layer.reason,
+            tied_to=layer.tied_to,
         )
     return layers
 
 
 def _sensitivity(scores: Scores, handle: str, group: _Group) -> LayerSensitivity:
+    """Return the entry of a group before anything is chosen."""
     labels = [label(name, bits) for name, bits in zip(group.formats, group.bits, strict=True)]
     entry = scores.groups[handle]
     return LayerSensitivity(
@@ -360,7 +389,8 @@ def _sensitivity(scores: Scores, handle: str, group: _Group) -> LayerSensitivity
         subsystem=entry.subsystem,
         block=entry.block,
         kind=entry.kind,
-        selected=labels[group.selected],
+        selected=labels[-1],
+        allowed=[name == NONE or group.kept is None for name in group.formats],
     )
 
 

@@ -78,6 +78,8 @@ class Solution:
         cost: its total cost.
         lower_bound: no choice within the budget has a lower score.
         gap: ``(score − lower_bound) / score``, 0 where the score is 0.
+        price: score that one more unit of cost would save, the ``λ`` of the bound; 0 where the
+            budget does not bind, and under the objective ``max``.
     """
 
     choice: Ints
@@ -85,6 +87,7 @@ class Solution:
     cost: float
     lower_bound: float
     gap: float
+    price: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -159,15 +162,75 @@ def hull(problem: Problem) -> Hull:
     return Hull(start, group[order], source[order], target[order], slope[order])
 
 
+def corners(problem: Problem, count: int) -> list[Solution]:
+    """Return choices along the whole hull, by rising cost: the frontier of the sum.
+
+    Each corner of the hull is the best choice at its own cost. All of them are returned where
+    there are at most ``count``; else at least ``count`` and at most twice as many, half spread
+    evenly over the corners and half over the cost.
+    """
+    if not len(problem.scores):
+        return []
+    steps = hull(problem)
+    rows = np.arange(len(problem.scores))
+    added = problem.costs[steps.group, steps.target] - problem.costs[steps.group, steps.source]
+    spent = np.concatenate(([0.0], np.cumsum(added)))
+    if len(spent) <= count:
+        wanted = np.arange(len(spent))
+    else:
+        by_corner = np.linspace(0, len(spent) - 1, count)
+        by_cost = np.searchsorted(spent, np.linspace(0.0, spent[-1], count))
+        wanted = np.union1d(np.rint(by_corner).astype(np.int64), np.minimum(by_cost, len(added)))
+    choice, taken, found = steps.start.copy(), 0, []
+    for corner in wanted:
+        passed = slice(taken, int(corner))
+        choice[steps.group[passed]] = steps.target[passed]  # of equal groups the last one stays
+        taken = int(corner)
+        price = float(steps.slope[taken]) if taken < len(added) else 0.0
+        bound, _ = _lagrangian(problem, price, fsum(problem.costs[rows, choice]))
+        found.append(_solution(problem, choice.copy(), bound, price))
+    return found
+
+
+def relaxed(problem: Problem, budget: float) -> Ints:
+    """Return the last corner of the hull within ``budget``: a quick choice, good but not best.
+
+    Where nothing fits, it is the cheapest choice.
+    """
+    steps = hull(problem)
+    added = problem.costs[steps.group, steps.target] - problem.costs[steps.group, steps.source]
+    start = fsum(problem.costs[np.arange(len(problem.costs)), steps.start])
+    limit = budget * (1 + BUDGET_TOLERANCE)
+    fitting = int(np.searchsorted(start + np.cumsum(added), limit, side="right"))
+    choice = steps.start.copy()
+    choice[steps.group[:fitting]] = steps.target[:fitting]  # of equal groups the last one stays
+    return choice
+
+
+def lower_bound(problem: Problem, budget: float) -> float:
+    """Return a sum that no choice within ``budget`` can be below; infinite if none fits."""
+    if not len(problem.scores):
+        return 0.0
+    limit = budget * (1 + BUDGET_TOLERANCE)
+    steps = hull(problem)
+    added = problem.costs[steps.group, steps.target] - problem.costs[steps.group, steps.source]
+    start = fsum(problem.costs[np.arange(len(problem.costs)), steps.start])
+    if start > limit:
+        return float("inf")
+    fitting = int(np.searchsorted(start + np.cumsum(added), limit, side="right"))
+    price = float(steps.slope[fitting]) if fitting < len(added) else 0.0
+    return _lagrangian(problem, price, limit)[0]
+
+
 def _total(table: Floats, choice: Ints) -> float:
     return fsum(table[np.arange(len(table)), choice])
 
 
-def _solution(problem: Problem, choice: Ints, lower_bound: float) -> Solution:
+def _solution(problem: Problem, choice: Ints, lower_bound: float, price: float = 0.0) -> Solution:
     score = _total(problem.scores, choice)
     bound = min(lower_bound, score)
     gap = (score - bound) / abs(score) if score else 0.0
-    return Solution(choice, score, _total(problem.costs, choice), bound, gap)
+    return Solution(choice, score, _total(problem.costs, choice), bound, gap, price)
 
 
 def _solve_max(problem: Problem, budget: float) -> Solution:
@@ -210,12 +273,13 @@ def _solve_sum(problem: Problem, budget: float) -> Solution:
     better, core_bound = _improve(problem, choice, excess, price, limit, bound, known)
     if better is not None and _total(problem.scores, better) < known:
         greedy = better
-    return _solution(problem, greedy, core_bound)
+    return _solution(problem, greedy, core_bound, price)
 
 
 def _lagrangian(problem: Problem, price: float, budget: float) -> tuple[float, Floats]:
     """Return the bound at ``price``, safe against rounding, and each option's excess over it."""
-    priced = problem.scores + price * problem.costs
+    # Padding costs infinitely much, and nothing times that is no number.
+    priced = problem.scores + price * problem.costs if price else problem.scores
     least = priced.min(axis=1)
     rounding = 4 * np.finfo(float).eps * (fsum(np.abs(least)) + price * budget)
     bound = fsum(least) - price * budget - rounding

@@ -10,25 +10,38 @@ import msgspec
 from layersense import config, paths
 from layersense.files import atomic_write
 from layersense.manifests.read import read_own_manifest
-from layersense.manifests.schema import FormatRun, Manifest
+from layersense.manifests.schema import SUFFIX, FormatRun, Manifest, plain_name
 from layersense.quantization.formats import NONE
 from layersense.reports.result import Group, Result, Score, read_result, read_table
-from layersense.reports.text import Markdown, code, escape, join, number, render
+from layersense.reports.text import Markdown, bits, code, escape, join, number, render
 
 MAX_FORMAT_COLUMNS = 4
 """Formats that get a column of their own in the table of all groups."""
 MAX_LAYERS = 6
 """Layers that one sentence names."""
+MAX_POINTS = 7
+"""Points of the frontier that the report shows, beside the knee, the choice and the baselines."""
+FRONTIER_COLUMNS = [
+    "kind", "label", "point", "effective_bits", "searched_bytes", "predicted_damage",
+    "damage_low", "damage_high", "minimized", "lower_bound", "gap", "knee", "recipe_digest",
+]  # fmt: skip
+"""What it reads of them: not the recipes themselves."""
 
 
 def write_report(
-    manifest_path: Path, layers_path: Path, report: config.Report, template: Path, out: Path
+    manifest_path: Path,
+    layers_path: Path,
+    frontier_path: Path,
+    report: config.Report,
+    template: Path,
+    out: Path,
 ) -> None:
     """Render the report of one scheme.
 
     Args:
         manifest_path: its manifest, which layersense wrote.
         layers_path: its ``layers.parquet``.
+        frontier_path: its ``frontier.parquet``.
         report: how it should look.
         template: Jinja2 template.
         out: Markdown file to write.
@@ -37,7 +50,8 @@ def write_report(
         LayersenseError: an input cannot be read.
     """
     manifest = read_own_manifest(manifest_path)
-    context = report_context(manifest, read_result(layers_path), report)
+    frontier = read_table(frontier_path, columns=FRONTIER_COLUMNS).to_pylist()
+    context = report_context(manifest, read_result(layers_path), frontier, report)
     atomic_write(out, render(template, context))
 
 
@@ -65,12 +79,15 @@ def write_summary(
     atomic_write(out, render(template, summary_context(runs, ranked, report)))
 
 
-def report_context(manifest: Manifest, result: Result, report: config.Report) -> dict[str, Any]:
+def report_context(
+    manifest: Manifest, result: Result, frontier: list[dict[str, Any]], report: config.Report
+) -> dict[str, Any]:
     """Return what the template of a report may print.
 
     Args:
         manifest: the manifest.
         result: its ``layers.parquet``.
+        frontier: rows of its ``frontier.parquet``.
         report: how the report should look.
     """
     return {
@@ -96,6 +113,9 @@ def report_context(manifest: Manifest, result: Result, report: config.Report) ->
             for group, entry in result.most_damage_per_mb()[: report.top]
         ],
         "per": score_unit(result.modality),
+        "budget": _budget(manifest),
+        "recipes": _recipes(frontier),
+        "flips": _flips(manifest),
         "provenance": _provenance(manifest),
     }
 
@@ -174,6 +194,48 @@ def _recipe(result: Result) -> Markdown:
         f"Quantize {total.quantized} of {total.groups} layer groups ({join(parts)}) "
         f"and leave {total.groups - total.quantized} unquantized"
     )
+
+
+def _budget(manifest: Manifest) -> str:
+    """Return the budget as asked."""
+    budget = manifest.autoquant_state.budget
+    if budget.kind == "bits":
+        return f"{bits(budget.limit)} bits"
+    return f"{number(budget.limit)} {budget.unit}"
+
+
+def _recipes(frontier: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return some of the frontier, the scheme's choice and the baselines, by bits.
+
+    Of the frontier, the knee and up to :data:`MAX_POINTS` more, spread evenly over the bits.
+    """
+    points = [row for row in frontier if row["kind"] == "frontier"]
+    low, high = points[0]["effective_bits"], points[-1]["effective_bits"]
+    steps = [low + (high - low) * step / (MAX_POINTS - 1) for step in range(MAX_POINTS)]
+    shown = {
+        min(points, key=lambda row: abs(row["effective_bits"] - step))["point"] for step in steps
+    }
+    rows = [row for row in frontier if row["point"] in {*shown, None} or row["knee"]]
+    # A recipe that has a name is not shown again as a nameless point.
+    named = {row["recipe_digest"] for row in rows if row["point"] is None}
+    rows = [row for row in rows if row["point"] is None or row["recipe_digest"] not in named]
+    return sorted(rows, key=lambda row: (row["effective_bits"], row["predicted_damage"]))
+
+
+def _flips(manifest: Manifest) -> Markdown | None:
+    """Return the groups whose choice hangs on the noise of the scores, with what each may be."""
+    flips = [
+        Markdown(
+            f"{code(handle.removesuffix(SUFFIX))} "
+            f"({code(plain_name(group.selected))} or {code(group.flips_to)})"
+        )
+        for handle, group in manifest.layer_sensitivity.items()
+        if group.flips_to is not None
+    ]
+    if not flips:
+        return None
+    more = f" and {len(flips) - MAX_LAYERS} more" if len(flips) > MAX_LAYERS else ""
+    return Markdown(", ".join(flips[:MAX_LAYERS]) + more)
 
 
 def _name_layers(names: list[str]) -> Markdown:

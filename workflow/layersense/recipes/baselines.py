@@ -1,0 +1,76 @@
+"""Recipes that need no measurement: what anyone would try first, to compare with."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from layersense.manifests.schema import LayerSensitivity
+from layersense.quantization.formats import NONE
+from layersense.recipes.menu import Menu, Recipe
+
+Kind = Literal["uniform", "head_kept", "edges_kept"]
+"""``uniform``: one format wherever the scheme allows it. ``head_kept``: the same without the output
+head. ``edges_kept``: without the head and the first and last block of every subsystem."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A recipe with a name."""
+
+    kind: Kind
+    format: str
+    recipe: Recipe
+
+    @property
+    def label(self) -> str:
+        """What it is, in words."""
+        kept = {
+            "uniform": "everywhere",
+            "head_kept": "with the head kept",
+            "edges_kept": "with first and last block and head kept",
+        }
+        return f"{self.format} {kept[self.kind]}"
+
+
+def baselines(menu: Menu, sensitivity: Mapping[str, LayerSensitivity]) -> Iterator[Baseline]:
+    """Yield the baselines of a scheme, each recipe once.
+
+    A group that may not take the format stays unquantized, as it does in every other recipe of
+    the scheme.
+
+    Args:
+        menu: what each group may take.
+        sensitivity: the manifest's groups, for subsystem and block.
+    """
+    head = {handle for handle, group in sensitivity.items() if group.subsystem == "head"}
+    edges = head | _edge_blocks(sensitivity)
+    seen: list[Recipe] = []
+    formats = dict.fromkeys(name for options in menu.options for name in options if name != NONE)
+    for format in formats:
+        kept_by_kind: dict[Kind, set[str]] = {
+            "uniform": set(),
+            "head_kept": head,
+            "edges_kept": edges,
+        }
+        for kind, kept in kept_by_kind.items():
+            recipe = {
+                handle: format if format in options and handle not in kept else NONE
+                for handle, options in zip(menu.handles, menu.options, strict=True)
+            }
+            if recipe not in seen and any(name != NONE for name in recipe.values()):
+                seen.append(recipe)
+                yield Baseline(kind, format, recipe)
+
+
+def _edge_blocks(sensitivity: Mapping[str, LayerSensitivity]) -> set[str]:
+    """Return the groups in the first and the last block of each subsystem that has blocks."""
+    blocks: dict[str, list[int]] = {}
+    for group in sensitivity.values():
+        if group.block is not None:
+            blocks.setdefault(group.subsystem, []).append(group.block)
+    return {
+        handle
+        for handle, group in sensitivity.items()
+        if group.block is not None
+        and group.block in (min(blocks[group.subsystem]), max(blocks[group.subsystem]))
+    }

@@ -1,0 +1,303 @@
+"""What each layer group of a scheme may take, and what a recipe made of it costs and damages."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import fsum
+
+import numpy as np
+
+from layersense.errors import LayersenseError
+from layersense.files import digest_json
+from layersense.manifests.schema import LayerSensitivity, Manifest, plain_name
+from layersense.quantization.formats import NONE
+from layersense.recipes.solver import Floats, Ints, Problem, relaxed
+from layersense.scoring.scores import NONE_BITS
+
+CONFIDENCE = 0.95
+"""Of the interval around a predicted damage."""
+RESAMPLES = 100
+"""How often the batches are resampled to see which choices flip; a fifth where it takes long."""
+SMALL = 100_000
+"""Options up to which that takes seconds."""
+FLIP_SHARE = 0.05
+"""Share of the resamples with another format from which on a choice counts as flipping."""
+
+Recipe = dict[str, str]
+"""Handle of every layer group → its format, ``NONE`` included, in model order."""
+
+
+@dataclass(frozen=True)
+class Batched:
+    """Scores by batch of the formats that were measured on the same batches.
+
+    Attributes:
+        tokens: supervised tokens of each batch, shape (batches,).
+        scores: summed score of each batch, shape (groups, options, batches); 0 where an option's
+            score comes from other batches.
+    """
+
+    tokens: Floats
+    scores: Floats
+
+    def error(self, summed: Floats) -> Floats:
+        """Return the standard error of ``Σ summed / Σ tokens`` over the last axis.
+
+        That of a ratio estimator; see :func:`layersense.scoring.scores.score_per_token`.
+        """
+        count, total = len(self.tokens), self.tokens.sum()
+        ratio = summed.sum(axis=-1, keepdims=True) / total
+        squares = ((summed - ratio * self.tokens) ** 2).sum(axis=-1)
+        return np.asarray(np.sqrt(count / (count - 1) * squares) / total)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Predicted damage of a recipe, with its interval.
+
+    Attributes:
+        score: sum of the scores as the solver sees them (their maximum under ``objective: max``).
+        error: standard error of the sum (of the largest score under ``max``); None with fewer
+            than two batches.
+        low, high: interval of confidence :data:`CONFIDENCE`, by Student's t; None like ``error``.
+    """
+
+    score: float
+    error: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Menu:
+    """The options of every layer group: those that the scheme allows it, ``NONE`` last.
+
+    Attributes:
+        handles: the groups, in model order.
+        options: names of the formats that each group may take.
+        scores: score of each option as the solver sees it, shape (groups, options), infinite
+            where a group has fewer options.
+        errors: standard error of these scores, NaN where there is none.
+        costs: ModelOpt's cost, elements × bits / 16; same shape and infinities as ``scores``.
+        budget_costs: cost in the unit of the scheme's budget, the same.
+        batched: scores by batch, one entry for each set of batches; empty if a batch was lost or
+            there was but one.
+        total: cost of leaving everything unquantized.
+        objective: ``sum`` or ``max``.
+        risk: standard errors that count as damage.
+    """
+
+    handles: list[str]
+    options: list[list[str]]
+    scores: Floats
+    errors: Floats
+    costs: Floats
+    budget_costs: Floats
+    batched: list[Batched]
+    total: float
+    objective: str
+    risk: float
+
+    @classmethod
+    def of(
+        cls,
+        sensitivity: Mapping[str, LayerSensitivity],
+        tokens: Mapping[str, Sequence[int]],
+        *,
+        objective: str,
+        risk: float,
+    ) -> "Menu":
+        """Collect the options.
+
+        Args:
+            sensitivity: every layer group by handle.
+            tokens: format → supervised tokens of each of its batches.
+            objective: ``sum`` or ``max``.
+            risk: standard errors that count as damage.
+
+        Raises:
+            LayersenseError: ``risk`` is set and a score has no standard error.
+        """
+        handles = list(sensitivity)
+        picks = [
+            [index for index, allowed in enumerate(group.allowed) if allowed]
+            for group in sensitivity.values()
+        ]
+        shape = (len(handles), max(map(len, picks), default=0))
+        scores, errors, costs, budget = (np.full(shape, np.inf) for _ in range(4))
+        layouts = {
+            layout: index for index, layout in enumerate(sorted(set(map(tuple, tokens.values()))))
+        }
+        batched = [np.zeros((*shape, len(layout))) for layout in layouts]
+        sound = all(len(layout) > 1 for layout in layouts)
+        for row, (group, allowed) in enumerate(zip(sensitivity.values(), picks, strict=True)):
+            names = [plain_name(label) for label in group.formats]
+            for column, index in enumerate(allowed):
+                source = _source(group, index)
+                error = group.scores_se[source]
+                scores[row, column] = group.scores_solver[index] or 0.0
+                unknown = 0.0 if names[source] == NONE else np.nan
+                errors[row, column] = unknown if error is None else error
+                costs[row, column] = group.costs[index]
+                budget[row, column] = (group.budget_costs or group.costs)[index]
+                if names[source] == NONE:
+                    continue
+                values = group.batch_scores[source]
+                if any(value is None for value in values):
+                    sound = False
+                else:
+                    batched[layouts[tuple(tokens[names[source]])]][row, column] = values
+        if risk and np.isnan(errors).any():
+            raise LayersenseError(
+                f"`risk: {risk:g}` needs a standard error of every score, and there is none with "
+                "fewer than two scoring batches; lower `batch_size` or raise `score_samples` of "
+                "the run, or leave `risk` out"
+            )
+        return cls(
+            handles=handles,
+            options=[
+                [plain_name(group.formats[index]) for index in allowed]
+                for group, allowed in zip(sensitivity.values(), picks, strict=True)
+            ],
+            scores=scores,
+            errors=errors,
+            costs=costs,
+            budget_costs=budget,
+            batched=[
+                Batched(np.array(layout, dtype=float), values)
+                for layout, values in zip(layouts, batched, strict=True)
+            ]
+            if sound
+            else [],
+            total=fsum(group.costs[-1] for group in sensitivity.values()),
+            objective=objective,
+            risk=risk,
+        )
+
+    @classmethod
+    def of_manifest(cls, manifest: Manifest) -> "Menu":
+        """Return the menu that a manifest was decided over."""
+        return cls.of(
+            manifest.layer_sensitivity,
+            {name: run.batches.tokens for name, run in manifest.run.items()},
+            objective=manifest.scheme.objective,
+            risk=manifest.scheme.risk,
+        )
+
+    @cached_property
+    def problem(self) -> Problem:
+        """What the solver minimises: scores, with their errors under ``risk``, by budget cost."""
+        scores = self.scores + self.risk * self.errors if self.risk else self.scores
+        return Problem(scores, self.budget_costs)
+
+    @property
+    def rows(self) -> Ints:
+        """Indices of the groups."""
+        return np.arange(len(self.handles))
+
+    def recipe(self, choice: Ints) -> Recipe:
+        """Return the recipe that takes option ``choice[g]`` of each group."""
+        return {
+            handle: options[int(option)]
+            for handle, options, option in zip(self.handles, self.options, choice, strict=True)
+        }
+
+    def choice(self, recipe: Mapping[str, str]) -> Ints:
+        """Return the options that a recipe takes; a format that a group may not take is NONE."""
+        return np.array(
+            [
+                options.index(recipe[handle]) if recipe[handle] in options else len(options) - 1
+                for handle, options in zip(self.handles, self.options, strict=True)
+            ],
+            dtype=np.int64,
+        )
+
+    def cost(self, choice: Ints) -> float:
+        """Return ModelOpt's cost of a choice."""
+        return fsum(self.costs[self.rows, choice])
+
+    def budget_cost(self, choice: Ints) -> float:
+        """Return the cost of a choice in the unit of the budget."""
+        return fsum(self.budget_costs[self.rows, choice])
+
+    def effective_bits(self, choice: Ints) -> float:
+        """Return the average bits per searched weight."""
+        return self.cost(choice) / self.total * NONE_BITS
+
+    def damage(self, choice: Ints) -> Damage:
+        """Return the predicted damage of a choice.
+
+        All groups were scored on the same batches, so that their errors go together: the error
+        of the sum is that of the batches' sums. Where formats were measured on different batches,
+        the errors of each set are added, which is never too small.
+        """
+        scores = self.scores[self.rows, choice]
+        score = float(scores.max(initial=0.0)) if self.objective == "max" else fsum(scores)
+        if not self.batched:
+            return Damage(score, None, None, None)
+        if self.objective == "max":
+            worst = int(scores.argmax())
+            error = float(self.errors[worst, choice[worst]])
+        else:
+            error = fsum(
+                float(part.error(part.scores[self.rows, choice].sum(axis=0)))
+                for part in self.batched
+            )
+        margin = error * self._quantile
+        return Damage(score, error, max(0.0, score - margin), score + margin)
+
+    def flips(self, choice: Ints, budget: float) -> dict[str, str]:
+        """Return the groups whose choice the noise of the scores could flip → to which format.
+
+        The batches are resampled with replacement, and the problem is solved again to the nearest
+        corner of the hull; a group flips that takes another format than under all batches in at
+        least a share :data:`FLIP_SHARE` of the resamples. Noise that all groups share flips
+        nothing.
+
+        Args:
+            choice: the option that was chosen of each group, which is no flip either.
+            budget: the budget as a sum of budget costs.
+        """
+        if not self.batched or self.objective == "max":
+            return {}
+        small = self.scores.size <= SMALL
+        generator = np.random.default_rng(0)
+        usual = relaxed(self.problem, budget)
+        taken = np.zeros(self.scores.shape, dtype=np.int64)
+        resamples = RESAMPLES if small else RESAMPLES // 5
+        for _ in range(resamples):
+            scores = np.where(np.isfinite(self.scores), 0.0, np.inf)
+            for part in self.batched:
+                count = len(part.tokens)
+                weights = generator.multinomial(count, np.full(count, 1 / count))
+                scores += part.scores @ weights / (weights @ part.tokens)
+            if self.risk:
+                scores += self.risk * self.errors
+            taken[self.rows, relaxed(Problem(scores, self.budget_costs), budget)] += 1
+        taken[self.rows, usual] = taken[self.rows, choice] = 0
+        often = taken.sum(axis=1) >= FLIP_SHARE * resamples
+        return {
+            self.handles[row]: self.options[row][int(taken[row].argmax())]
+            for row in np.flatnonzero(often)
+        }
+
+    @property
+    def _quantile(self) -> float:
+        from scipy import stats  # here, because Snakemake imports this module while it parses
+
+        degrees = min(len(part.tokens) for part in self.batched) - 1
+        return float(stats.t.ppf((1 + CONFIDENCE) / 2, degrees))
+
+
+def recipe_digest(recipe: Mapping[str, str]) -> str:
+    """Return the SHA-256 (hex) of a recipe; groups left unquantized may be there or not."""
+    return digest_json({handle: name for handle, name in recipe.items() if name != NONE})
+
+
+def _source(group: LayerSensitivity, index: int) -> int:
+    """Return the index of the format whose measured score the solver sees for ``index``."""
+    solver = group.scores_solver[index]
+    for earlier in range(index, -1, -1):
+        if group.scores[earlier] is not None and group.scores[earlier] == solver:
+            return earlier
+    return index
