@@ -89,8 +89,16 @@ def test_a_valid_config_is_accepted_with_its_defaults() -> None:
         ("runs/demo.a/seed", -1, 'runs."demo.a".seed: expected at least 0, found `-1`'),
         ("runs/demo.a/method", "gradeint", 'runs."demo.a".method: expected `gradient` or `kl_div`, '
          'found "gradeint"; did you mean `gradient`?'),
-        ("runs/demo.a/modality", "image", 'runs."demo.a".modality: expected `image_text` or '
-         '`text`, found "image"; did you mean `image_text`?'),
+        ("runs/demo.a/modality", "image", 'runs."demo.a".modality: expected `image_text`, '
+         '`text`, `text_pair`, `image_boxes`, `image_labels` or `image_masks`, found "image"; did '
+         "you mean `image_text`?"),
+        ("models/llm/task", "causal_lm", "models.llm.task: expected `causal-lm`, "
+         "`image-text-to-text`, `seq2seq-lm`, `image-classification`, `object-detection` or "
+         '`semantic-segmentation`, or a class as `package.module:Class`, found "causal_lm"; did '
+         "you mean `causal-lm`?"),
+        ("models/llm/task", "my.module:Task", 'runs."llm.a".modality: expected `image_text`, '
+         "`text`, `text_pair`, `image_boxes`, `image_labels` or `image_masks`, as "
+         "`my.module:Task` is not looked into, found nothing"),
         ("runs/llm.a/modality", "image_text", 'runs."llm.a".modality: expected `text`, what a '
          'model with `task: causal-lm` takes, found "image_text"'),
         ("runs/demo.a/dataset", "texts", 'runs."demo.a".modality: dataset `texts` holds texts and '
@@ -392,6 +400,46 @@ def test_gpu_limits_are_spoken_of() -> None:
     data = valid()
     del data["runs"]["llm.a"]
     assert check_gpus(load_config(data, "c.yaml", check_files=False), None) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "lack"),
+    [
+        ("seq2seq-lm", "no two texts of one image; take a dataset of images with several"),
+        ("object-detection", "texts and no boxes; take COCO with an instances file"),
+        ("semantic-segmentation", "texts and no masks; take COCO with an instances file"),
+        ("image-classification", "texts and no images; take a dataset with images"),
+    ],
+)
+def test_data_has_to_hold_what_the_task_needs(task: str, lack: str) -> None:
+    data = put("models/llm/task", task)
+    data["runs"]["llm.a"]["dataset"] = "texts"
+    (problem,) = problems(data)
+    assert problem.startswith(f'runs."llm.a".modality: dataset `texts` holds {lack}')
+
+
+def test_detectors_have_no_kl_div() -> None:
+    data = put("models/llm/task", "object-detection")
+    data["runs"]["llm.a"]["method"] = "kl_div"
+    (problem,) = problems(data)
+    assert problem.startswith('runs."llm.a".method: expected `gradient`, because')
+
+
+def test_a_task_of_ones_own_has_to_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "task.py").write_text("raise SystemExit('nobody may run this')\n")
+    (tmp_path / "texts.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    data = put("models/llm/task", "mine.task:Task")
+    data["datasets"]["texts"]["file"] = "texts.jsonl"
+    data["runs"]["llm.a"]["modality"] = "text"
+    load_config(data, "c.yaml")
+    data["models"]["llm"]["task"] = "mine.tusk:Task"
+    with pytest.raises(LayersenseError, match=r"models\.llm\.task: expected a class in a module"):
+        load_config(data, "c.yaml")
+    load_config({**data, "frozen": True}, "c.yaml")
 
 
 # --- what comes with the repository ---

@@ -4,7 +4,12 @@ import json
 
 import pytest
 
-from layersense.quantization.layers import LayerName, describe_layer, is_router
+from layersense.quantization.layers import (
+    LayerName,
+    describe_image_layer,
+    describe_layer,
+    is_router,
+)
 
 
 def check(expected: dict[str, tuple[str, int | None, str]]) -> None:
@@ -208,9 +213,9 @@ def test_retinanet() -> None:
             "backbone.body.layer3.5.conv3": ("backbone", 3, "conv"),
             "backbone.fpn.inner_blocks.0.0": ("neck", None, "conv"),
             "backbone.fpn.extra_blocks.p6": ("neck", None, "conv"),
-            "head.classification_head.conv.0.0": ("head", None, "conv"),
-            "head.classification_head.cls_logits": ("head", None, "conv"),
-            "head.regression_head.bbox_reg": ("head", None, "conv"),
+            "head.classification_head.conv.0.0": ("head", None, "class_head"),
+            "head.classification_head.cls_logits": ("head", None, "class_head"),
+            "head.regression_head.bbox_reg": ("head", None, "box_head"),
         }
     )
 
@@ -222,9 +227,9 @@ def test_yolo() -> None:
             "model.model.4.m.1.cv2.conv": ("backbone", 4, "conv"),
             "model.9.cv1.conv": ("backbone", 9, "conv"),
             "model.15.cv1.conv": ("neck", 15, "conv"),
-            "model.model.22.cv2.0.0.conv": ("head", 22, "conv"),
-            "model.22.cv3.2.2": ("head", 22, "conv"),
-            "model.22.dfl.conv": ("head", 22, "conv"),
+            "model.model.22.cv2.0.0.conv": ("head", 22, "box_head"),
+            "model.22.cv3.2.2": ("head", 22, "class_head"),
+            "model.22.dfl.conv": ("head", 22, "box_head"),
             "model.24.m.0": ("head", 24, "conv"),
         }
     )
@@ -236,8 +241,51 @@ def test_detr() -> None:
             "model.backbone.conv_encoder.model.layer2.0.conv1": ("backbone", 2, "conv"),
             "model.encoder.layers.0.self_attn.q_proj": ("encoder", 0, "qkv"),
             "model.decoder.layers.5.encoder_attn.k_proj": ("decoder", 5, "qkv"),
-            "class_labels_classifier": ("head", None, "classifier"),
-            "bbox_predictor.layers.1": ("head", 1, "other"),
+            "class_labels_classifier": ("head", None, "class_head"),
+            "bbox_predictor.layers.1": ("head", 1, "box_head"),
+        }
+    )
+
+
+def check_images(expected: dict[str, tuple[str, int | None, str]]) -> None:
+    described = {name: describe_image_layer([name]) for name in expected}
+    assert described == {name: LayerName(*parts) for name, parts in expected.items()}
+
+
+def test_rt_detr_and_d_fine() -> None:
+    check_images(
+        {
+            "model.backbone.model.encoder.stages.1.layers.0.layer.0.convolution": (
+                "backbone",
+                0,
+                "conv",
+            ),
+            "model.encoder_input_proj.2.0": ("neck", None, "conv"),
+            "model.encoder.aifi.0.layers.0.self_attn.q_proj": ("encoder", 0, "qkv"),
+            "model.encoder.lateral_convs.1.conv": ("encoder", None, "conv"),
+            "model.enc_output.0": ("decoder", None, "other"),
+            "model.enc_score_head": ("head", None, "class_head"),
+            "model.enc_bbox_head.layers.1": ("head", 1, "box_head"),
+            "model.decoder.query_pos_head.layers.0": ("decoder", 0, "other"),
+            "model.decoder.layers.3.gateway.gate": ("decoder", 3, "other"),
+            "model.decoder.class_embed.2": ("head", None, "class_head"),
+            "model.decoder.bbox_embed.2.layers.0": ("head", 0, "box_head"),
+        }
+    )
+    assert not is_router(["model.decoder.layers.3.gateway.gate"])
+
+
+def test_backbones_of_models_that_read_images_alone() -> None:
+    check_images(
+        {
+            "vit.layers.1.attention.q_proj": ("backbone", 1, "qkv"),
+            "encoder.layers.encoder_layer_3.mlp.0": ("backbone", 3, "fc1"),
+            "convnext.encoder.stages.2.layers.0.dwconv": ("backbone", 0, "conv"),
+            "segformer.stages.1.blocks.0.mlp.fc1": ("backbone", 0, "fc1"),
+            "backbone.4.block.2.fc1": ("backbone", 2, "fc1"),
+            "decode_head.classifier": ("head", None, "classifier"),
+            "classifier.low_classifier": ("head", None, "classifier"),
+            "fc": ("head", None, "classifier"),
         }
     )
 

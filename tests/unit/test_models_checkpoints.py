@@ -171,13 +171,35 @@ def test_a_task_that_the_architecture_cannot_do_is_refused(folder: Path) -> None
     assert "set `task: image-text-to-text`" in refusal(folder)
 
 
+def test_a_model_of_another_task_on_images_is_refused(folder: Path) -> None:
+    assert "no model for `task: object-detection`" in refusal(folder, task="object-detection")
+    config = {**CONFIG, "architectures": ["resnet18"], "library_name": "torchvision"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "correct `task` to image-classification" in refusal(folder, task="object-detection")
+    resolve("m", llama(checkpoint=str(folder), task="image-classification"))
+
+
 def test_the_task_is_guessed() -> None:
     assert guess_task(CONFIG) == "causal-lm"
     assert guess_task({"architectures": ["GPT2LMHeadModel"]}) == "causal-lm"
     qwen = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "vision_config": {}}
     assert guess_task(qwen) == "image-text-to-text"
-    for unknown in ({"architectures": ["T5ForConditionalGeneration"]}, {}):
-        with pytest.raises(LayersenseError, match="no other tasks yet"):
+    for architecture, task in (
+        ("YolosForObjectDetection", "object-detection"),
+        ("ResNetForImageClassification", "image-classification"),
+        ("SegformerForSemanticSegmentation", "semantic-segmentation"),
+    ):
+        assert guess_task({"architectures": [architecture]}) == task
+    t5 = {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+    assert guess_task(t5) == "seq2seq-lm"
+    for builder, task in (
+        ("retinanet_resnet50_fpn", "object-detection"),
+        ("deeplabv3_resnet50", "semantic-segmentation"),
+        ("resnet18", "image-classification"),
+    ):
+        assert guess_task({"architectures": [builder], "library_name": "torchvision"}) == task
+    for unknown in ({"architectures": ["GLPNForDepthEstimation"]}, {}):
+        with pytest.raises(LayersenseError, match="write a task of your own"):
             guess_task(unknown)
 
 

@@ -22,6 +22,7 @@ PAGES = [
     "docs/concepts.md",
     "docs/formats.md",
     "docs/operations.md",
+    "docs/tasks.md",
     "results/README.md",
 ]
 

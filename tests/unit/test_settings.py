@@ -211,3 +211,38 @@ def test_a_broken_measured_file_holds_nothing(tmp_path: Path, content: bytes) ->
 
 def test_a_missing_measured_file_holds_nothing(tmp_path: Path) -> None:
     assert settings.read_measured(tmp_path / "measured.json") == {}
+
+
+def test_an_edit_of_a_task_of_ones_own_measures_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = config(
+        models__llm__task="mine:Task",
+        runs__r__model="llm",
+        runs__r__modality="text",
+        runs__s__modality="text",
+    )
+    digests = []
+    for text in ("x = 1\n", "x = 2\n"):
+        Path("mine.py").write_text(text)
+        digests.append(settings.score_settings(own, "r")["task_digest"])
+    assert len(set(digests)) == 2
+    Path("mine.py").unlink()
+    assert settings.score_settings(own, "r")["task_digest"] == ""
+    assert "task_digest" not in settings.score_settings(config(), "r")
+
+
+def test_images_are_as_many_as_there_are() -> None:
+    detector = config(models__llm__task="object-detection", runs__r__model="llm")
+    sampling = settings.score_settings(detector, "r")["sampling"]
+    assert (sampling["calibration_samples"], sampling["score_samples"]) == (None, 128)
+    assert "prompt" not in sampling
+    some = config(
+        models__llm__task="object-detection",
+        runs__r__model="llm",
+        runs__r__calibration_samples=9,
+        runs__r__score_samples=5,
+    )
+    sampling = settings.score_settings(some, "r")["sampling"]
+    assert (sampling["calibration_samples"], sampling["score_samples"]) == (9, 5)

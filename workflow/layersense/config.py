@@ -10,15 +10,27 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstrai
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 """A name that becomes a file or folder name: letters, digits, dots, underscores and hyphens."""
 
-Modality = Literal["image_text", "text"]
+Modality = Literal["image_text", "text", "text_pair", "image_boxes", "image_labels", "image_masks"]
 Method = Literal["gradient", "kl_div"]
-Task = Literal["image-text-to-text", "causal-lm"]
 
-TASK_MODALITIES: dict[Task, tuple[Modality, ...]] = {
-    "image-text-to-text": ("image_text", "text"),
+TASK_MODALITIES: dict[str, tuple[Modality, ...]] = {
     "causal-lm": ("text",),
+    "image-text-to-text": ("image_text", "text"),
+    "seq2seq-lm": ("text_pair",),
+    "image-classification": ("image_labels",),
+    "object-detection": ("image_boxes",),
+    "semantic-segmentation": ("image_masks",),
 }
 """What a batch of each task may hold; the first is the default."""
+TASK_METHODS: dict[str, tuple[Method, ...]] = {"object-detection": ("gradient",)}
+"""Methods of the tasks that do not have all: `kl_div` needs one output distribution."""
+ROW_MODALITIES = ("image_text", "text")
+"""What a batch holds where `calibration` counts its rows: the others draw from the same images,
+of which there may be fewer."""
+OUTSIDE_TASK = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+"""A task of the user's own: module and class."""
+
+Task = Annotated[str, StringConstraints(pattern=rf"^({'|'.join(TASK_MODALITIES)}|{OUTSIDE_TASK})$")]
 
 SCORE_SAMPLES = 128
 """How many rows a run scores that does not say so, if the calibration rows are as many."""
@@ -105,7 +117,7 @@ class DemoModel(Section):
     """`demo`: built by the workflow, no download."""
 
     @property
-    def task(self) -> Task:
+    def task(self) -> str:
         """The task of the demo model."""
         return "image-text-to-text"
 
@@ -123,7 +135,9 @@ class CheckpointModel(Section):
     checkpoint: str = Field(min_length=1)
     """Hub id such as `Qwen/Qwen2.5-VL-3B-Instruct`, or a directory (`./…`, `/…` or `~/…`)."""
     task: Task
-    """What the model does; it decides the loss and what a batch holds."""
+    """What the model does; it decides the loss and what a batch holds: `causal-lm`,
+    `image-text-to-text`, `seq2seq-lm`, `image-classification`, `object-detection`,
+    `semantic-segmentation`, or a task of your own as `package.module:Class` (docs/tasks.md)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id; resolved to a commit when it is fetched."""
     trust_remote_code: bool = False
@@ -216,14 +230,15 @@ class Run(Section):
     schemes: list[str] = Field(min_length=1)
     """Names of entries of `schemes`; their formats are what is measured."""
     modality: Modality | None = None
-    """What a batch holds; default `image_text` for `image-text-to-text`, `text` for `causal-lm`.
-    A vision-language model on captions alone: `text`."""
+    """What a batch holds; it follows from the model's task and is needed only for a
+    vision-language model on captions alone (`text`), and for a task of your own."""
     method: Method = "gradient"
     """ModelOpt's sensitivity: `gradient` or `kl_div`."""
     engine: Literal["modelopt"] = "modelopt"
     """What measures: `modelopt` is stock `mtq.auto_quantize`."""
     calibration_samples: int | None = Field(None, ge=1)
-    """Rows that calibrate the quantizers; default all of the calibration split."""
+    """Rows (captions, images or pairs) that calibrate the quantizers; default all of the
+    calibration split."""
     score_samples: int | None = Field(None, ge=1)
     """Rows that are scored, the first of the calibration rows; default 128, or all if fewer."""
     heldout_samples: int | None = Field(None, ge=1)

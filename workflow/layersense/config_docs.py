@@ -54,6 +54,10 @@ config given in this way stands for itself and is not merged into `config.yaml`.
 | [`own-photographs.yaml`](examples/own-photographs.yaml) | your own photographs |
 | [`qwen2.5-vl-3b-coco.yaml`](examples/qwen2.5-vl-3b-coco.yaml) | Qwen2.5-VL-3B with full COCO |
 | [`text-llm.yaml`](examples/text-llm.yaml) | a language model on texts |
+| [`t5-coco.yaml`](examples/t5-coco.yaml) | an encoder–decoder |
+| [`detectors-coco.yaml`](examples/detectors-coco.yaml) | detectors |
+| [`classifier-own-classes.yaml`](examples/classifier-own-classes.yaml) | a classifier |
+| [`segmenter-coco.yaml`](examples/segmenter-coco.yaml) | a segmenter |
 | [`many-schemes.yaml`](examples/many-schemes.yaml) | many schemes, an own format |
 
 The whole config is checked before anything starts, and all problems are told at once. The first

@@ -12,9 +12,10 @@ from typing import Any
 
 import msgspec
 
-from layersense.config import SCORE_SAMPLES, TASK_MODALITIES, Config, Run
+from layersense.config import ROW_MODALITIES, SCORE_SAMPLES, TASK_MODALITIES, Config, Run
 from layersense.errors import LayersenseError
-from layersense.files import canonical_json, digest_json, write_json
+from layersense.files import canonical_json, digest_file, digest_json, write_json
+from layersense.models.outside import find_module
 from layersense.quantization.formats import format_settings, resolve_format
 
 ENGINE_VERSIONS = {"modelopt": 1}
@@ -44,12 +45,13 @@ def score_settings(config: Config, run: str) -> dict[str, Any]:
     changes no score; without the held-out rows, which are not scored. ``batch_size`` is in it,
     although scores do not depend on it: the batch scores and standard errors do. What a batch
     cannot use is left out: pixels without images; the prompt of a task that has none (a
-    vision-language model is prompted on captions alone, too).
+    vision-language model is prompted on captions alone, too). How many images or pairs a
+    dataset holds is known once it is built: None is all of them, and ``score_samples`` a limit.
     """
     entry = config.runs[run]
     task = config.models[entry.model].task
     modality = entry.modality or TASK_MODALITIES[task][0]
-    calibration, scored = _samples(config, entry)
+    calibration, scored = _samples(config, entry, modality)
     sampling: dict[str, Any] = {
         "calibration_samples": calibration,
         "score_samples": scored,
@@ -58,14 +60,16 @@ def score_settings(config: Config, run: str) -> dict[str, Any]:
         "max_length": entry.max_length,
         "seed": entry.seed,
     }
-    if modality == "image_text":
+    outside = task not in TASK_MODALITIES
+    if modality == "image_text" or outside:
         sampling["min_pixels"] = entry.min_pixels
         sampling["max_pixels"] = entry.max_pixels
-    if task == "image-text-to-text":
+    if task == "image-text-to-text" or outside:
         sampling["prompt"] = entry.prompt
     dataset = dataset_settings(config, entry.dataset)
     del dataset["heldout"]
     return {
+        **({"task_digest": outside_digest(task)} if outside else {}),
         "model": model_settings(config, entry.model),
         "dataset": dataset,
         "modality": modality,
@@ -185,8 +189,20 @@ def tracked_formats(
     return tracked
 
 
-def _samples(config: Config, run: Run) -> tuple[int, int]:
-    """Return how many rows calibrate, and how many of them are scored."""
+def outside_digest(task: str) -> str:
+    """Return the SHA-256 of the file that defines a task of the user's own.
+
+    The user edits that file and raises no version of ours, so an edit measures again. It is empty
+    where the file is not there, as may be under ``frozen``.
+    """
+    file = find_module(task)
+    return "" if file is None else digest_file(file)
+
+
+def _samples(config: Config, run: Run, modality: str) -> tuple[int | None, int]:
+    """Return how many rows calibrate (None: all there are), and how many of them are scored."""
+    if modality not in ROW_MODALITIES:
+        return run.calibration_samples, run.score_samples or SCORE_SAMPLES
     calibration = run.calibration_samples or config.datasets[run.dataset].calibration
     return calibration, run.score_samples or min(SCORE_SAMPLES, calibration)
 

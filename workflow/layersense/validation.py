@@ -12,8 +12,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from layersense import config as models
-from layersense.config import TASK_MODALITIES, Config, OwnFormat
+from layersense.config import TASK_METHODS, TASK_MODALITIES, Config, OwnFormat
 from layersense.errors import LayersenseError
+from layersense.models.outside import find_module, is_outside
 from layersense.paths import RESERVED_RUNS, RESERVED_SCHEMES
 from layersense.quantization.formats import Format, check_device, known_formats, resolve_format
 
@@ -40,6 +41,28 @@ ENTRIES: dict[str, type[BaseModel]] = {
 }
 BUDGETS = ("effective_bits", "size_gb", "cost_table")
 """Keys of a scheme of which it has one."""
+_BOXES = "take COCO with an instances file, or the sample"
+_LACKING: dict[str, dict[str, tuple[str, str]]] = {
+    "image_text": {
+        "text": (
+            "texts and no images",
+            "set `modality: text`, or take a dataset with images",
+        )
+    },
+    "text_pair": {
+        "text": ("no two texts of one image", "take a dataset of images with several texts each")
+    },
+    "image_labels": {"text": ("texts and no images", "take a dataset with images")},
+    "image_boxes": {
+        "text": ("texts and no boxes", _BOXES),
+        "images": ("images and no boxes", _BOXES),
+    },
+    "image_masks": {
+        "text": ("texts and no masks", _BOXES),
+        "images": ("images and no masks", _BOXES),
+    },
+}
+"""Modality → source of data that cannot have it → what it has, and what to do."""
 SECTIONS = ("datasets", "models", "formats", "schemes", "runs")
 """Sections that map names to entries."""
 
@@ -220,6 +243,9 @@ class _Checker:
             elif kind == "literal_error":
                 words = self._words(path)
                 self.add(path, f"expected {_or(words)}", value, words)
+            elif kind == "string_pattern_mismatch" and path[-1] == "task":
+                expected = f"expected {_or(TASK_MODALITIES)}, or a class as `package.module:Class`"
+                self.add(path, expected, value, TASK_MODALITIES)
             elif path[-1] == "[key]":
                 self.bad.add(path[:-1])
                 self.add(
@@ -506,24 +532,39 @@ class _Checker:
         if (*path, "modality") in self.bad or not model:
             return
         task = "image-text-to-text" if model.get("source") == "demo" else model.get("task")
-        if task not in TASK_MODALITIES:
+        if not isinstance(task, str):
             return
-        allowed = TASK_MODALITIES[task]
-        modality = run["modality"] or allowed[0]
+        if task not in TASK_MODALITIES:
+            if is_outside(task) and run["modality"] is None:
+                words = get_args(models.Modality)
+                self.add(
+                    (*path, "modality"),
+                    f"expected {_or(words)}, as `{task}` is not looked into, found nothing",
+                )
+                return
+            allowed: Iterable[str] = get_args(models.Modality)
+        else:
+            allowed = TASK_MODALITIES[task]
+        modality = run["modality"] or next(iter(allowed))
         if modality not in allowed:
             self.add(
                 (*path, "modality"),
                 f"expected {_or(allowed)}, what a model with `task: {task}` takes",
                 modality,
             )
-        elif modality == "image_text":
-            dataset = self.part("datasets", run.get("dataset"))
-            if dataset.get("source") == "text":
-                self.add(
-                    (*path, "modality"),
-                    f"dataset `{run['dataset']}` holds texts and no images; set `modality: text`, "
-                    "or take a dataset with images",
-                )
+            return
+        methods = TASK_METHODS.get(task)
+        if methods is not None and run.get("method") not in (None, *methods):
+            self.add(
+                (*path, "method"),
+                f"expected {_or(methods)}, because a model with `task: {task}` has no one output "
+                "distribution",
+                run["method"],
+            )
+        source = self.part("datasets", run.get("dataset")).get("source")
+        if source in _LACKING.get(modality, {}):
+            lack, fix = _LACKING[modality][source]
+            self.add((*path, "modality"), f"dataset `{run['dataset']}` holds {lack}; {fix}")
 
     # --- files ---
 
@@ -536,6 +577,19 @@ class _Checker:
                     names.add(name)
         for name, model in self.items("models"):
             checkpoint = model.get("checkpoint")
+            task = model.get("task")
+            if (
+                name in used["models"]
+                and isinstance(task, str)
+                and is_outside(task)
+                and not self.data.get("frozen")
+                and find_module(task) is None
+            ):
+                self.add(
+                    ("models", name, "task"),
+                    f"expected a class in a module that Python finds from {Path.cwd()}",
+                    task,
+                )
             if name in used["models"] and isinstance(checkpoint, str) and is_directory(checkpoint):
                 self._check_file(("models", name, "checkpoint"), checkpoint, folder=True)
         for name, dataset in self.items("datasets"):

@@ -3,7 +3,7 @@
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
@@ -86,6 +86,20 @@ INDEXES = "CREATE INDEX boxes_by_image ON boxes (image_id);"
 
 
 @dataclass(frozen=True)
+class Object:
+    """One object that an image shows; pixels of the file, from the top left corner."""
+
+    category: str
+    """Name of its class."""
+    bbox: tuple[float, float, float, float]
+    """Left, top, width, height."""
+    is_crowd: bool = False
+    """Whether it is a region of many objects, which detectors do not count."""
+    segmentation: str | None = None
+    """Its mask as JSON: polygons, or COCO's run lengths."""
+
+
+@dataclass(frozen=True)
 class Row:
     """One calibration row."""
 
@@ -98,6 +112,10 @@ class Row:
     image_id: int | None = None
     caption_id: int | None = None
     position: int = 0
+    objects: tuple[Object, ...] = ()
+    """What the image shows, for the unit `image` of a source with boxes."""
+    texts: tuple[str, ...] = ()
+    """All texts of the image, for the unit `image`."""
 
 
 class Database:
@@ -143,7 +161,35 @@ class Database:
             found = self._connection.execute(
                 query, (unit, split, there if limit is None else limit)
             ).fetchall()
-        return [Row(None if name is None else self._root / name, *rest) for name, *rest in found]
+        plain = [Row(None if name is None else self._root / name, *rest) for name, *rest in found]
+        return self._with_objects(plain) if unit == "image" else plain
+
+    def _with_objects(self, rows: list[Row]) -> list[Row]:
+        """Return rows of images with what each shows, in the order of the source's ids."""
+        objects: dict[int, list[Object]] = {}
+        texts: dict[int, list[str]] = {}
+        with self._readable():
+            for image_id, name, x, y, width, height, is_crowd, mask in self._connection.execute(
+                "SELECT image_id, name, x, y, width, height, is_crowd, segmentation FROM boxes "
+                "JOIN categories USING (category_id) LEFT JOIN segments USING (box_id) WHERE "
+                "image_id IN (SELECT image_id FROM samples WHERE unit = 'image') ORDER BY box_id"
+            ):
+                objects.setdefault(image_id, []).append(
+                    Object(name, (x, y, width, height), bool(is_crowd), mask)
+                )
+            for image_id, text in self._connection.execute(
+                "SELECT image_id, caption FROM captions WHERE image_id IN "
+                "(SELECT image_id FROM samples WHERE unit = 'image') ORDER BY caption_id"
+            ):
+                texts.setdefault(image_id, []).append(text)
+        return [
+            replace(
+                row,
+                objects=tuple(objects.get(row.image_id or 0, ())),
+                texts=tuple(texts.get(row.image_id or 0, ())),
+            )
+            for row in rows
+        ]
 
     def close(self) -> None:
         """Close the file."""

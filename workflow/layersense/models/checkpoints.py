@@ -12,6 +12,7 @@ import msgspec
 from layersense.config import DemoModel, Model
 from layersense.errors import LayersenseError
 from layersense.files import atomic_write, digest_file, digest_json
+from layersense.models.outside import is_outside
 
 _DTYPES = {
     "F64": "float64",
@@ -167,6 +168,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+ENDINGS = {
+    "image-classification": ("ForImageClassification", "ForImageClassificationWithTeacher"),
+    "object-detection": ("ForObjectDetection",),
+    "semantic-segmentation": ("ForSemanticSegmentation",),
+}
+"""How the classes of tasks on images are called in transformers."""
+
+
 def guess_task(config: dict[str, Any]) -> str:
     """Return the task of a checkpoint from its ``config.json``.
 
@@ -174,14 +183,33 @@ def guess_task(config: dict[str, Any]) -> str:
         LayersenseError: no task fits.
     """
     architecture = str((config.get("architectures") or ["?"])[0])
+    if task := torchvision_task(config, architecture):
+        return task
+    for task, endings in ENDINGS.items():
+        if architecture.endswith(endings):
+            return task
     if _sees(config):
         return "image-text-to-text"
+    if _translates(config, architecture):
+        return "seq2seq-lm"
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal-lm"
     raise LayersenseError(
-        f"architecture {architecture}: is neither a language model (…ForCausalLM) nor a "
-        "vision-language model (with a `vision_config`), and layersense has no other tasks yet"
+        f"architecture {architecture}: is neither a language model (…ForCausalLM), an "
+        "encoder–decoder, a vision-language model (with a `vision_config`), nor a classifier, "
+        "detector or segmenter of images; write a task of your own (docs/tasks.md)"
     )
+
+
+def torchvision_task(config: dict[str, Any], architecture: str) -> str | None:
+    """Return the task of a model of torchvision, by its builder; None for any other model."""
+    if config.get("library_name") != "torchvision":
+        return None
+    if architecture.startswith(("retinanet", "fcos", "ssd", "fasterrcnn", "maskrcnn")):
+        return "object-detection"
+    if architecture.startswith(("deeplabv3", "lraspp", "fcn")):
+        return "semantic-segmentation"
+    return "image-classification"
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -295,8 +323,17 @@ def _sees(config: dict[str, Any]) -> bool:
     return any(key.startswith(("vision", "image", "visual")) for key in config)
 
 
+def _translates(config: dict[str, Any], architecture: str) -> bool:
+    """Return whether it is an encoder–decoder that reads and writes texts."""
+    return bool(config.get("is_encoder_decoder")) and architecture.endswith(
+        ("ForConditionalGeneration", "ForSeq2SeqLM", "WithLMHeadModel", "MTModel")
+    )
+
+
 def _check_task(folder: Path, config: dict[str, Any], architecture: str, task: str) -> None:
     """Refuse the common mistakes early; loading the model checks the rest."""
+    if is_outside(task):
+        return
     if task == "causal-lm" and _sees(config):
         raise LayersenseError(
             f"{folder}: {architecture} is a vision-language model; set `task: image-text-to-text` "
@@ -304,6 +341,16 @@ def _check_task(folder: Path, config: dict[str, Any], architecture: str, task: s
         )
     if task == "image-text-to-text" and not _sees(config):
         raise LayersenseError(f"{folder}: {architecture} reads no images; set `task: causal-lm`")
+    if task not in ENDINGS:
+        return
+    endings = ENDINGS[task]
+    found = torchvision_task(config, architecture)
+    if found != task if found else not architecture.endswith(endings):
+        raise LayersenseError(
+            f"{folder}: {architecture} is no model for `task: {task}` (…{endings[0]}, or one of "
+            f"torchvision); correct `task`{f' to {found}' if found else ''}, or give another "
+            "checkpoint"
+        )
 
 
 def _weight_files(folder: Path) -> list[Path]:

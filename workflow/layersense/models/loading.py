@@ -42,26 +42,121 @@ def load_model(
             f"{checkpoint.path}: transformers cannot load it as a model of task "
             f"{checkpoint.task} ({first_line(error)}); check `task` and the checkpoint's files"
         ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise LayersenseError(
-            f"{checkpoint.path}: holds no weights for {_some(missing)}, which "
-            f"{type(model).__name__} needs; give a complete checkpoint of {checkpoint.architecture}"
-        )
-    warnings = []
-    if unexpected := sorted(info["unexpected_keys"]):
-        warnings.append(
-            f"{checkpoint.id}: holds weights that {type(model).__name__} does not use: "
-            f"{_some(unexpected)}"
-        )
+    refuse_missing(checkpoint, type(model).__name__, sorted(info["missing_keys"]))
+    warnings = warn_unexpected(checkpoint, type(model).__name__, sorted(info["unexpected_keys"]))
     model = model.to(device).eval()
+    check_finite(checkpoint, model)
+    return model, warnings
+
+
+def refuse_missing(checkpoint: Checkpoint, class_name: str, missing: list[str]) -> None:
+    """Raise if a checkpoint lacks weights.
+
+    Raises:
+        LayersenseError: it does.
+    """
+    if missing:
+        raise LayersenseError(
+            f"{checkpoint.path}: holds no weights for {_some(missing)}, which {class_name} needs; "
+            f"give a complete checkpoint of {checkpoint.architecture}"
+        )
+
+
+def warn_unexpected(
+    checkpoint: Checkpoint, class_name: str, unexpected: list[str]
+) -> tuple[str, ...]:
+    """Return a warning if a checkpoint holds weights that its model does not use."""
+    if not unexpected:
+        return ()
+    return (f"{checkpoint.id}: holds weights that {class_name} does not use: {_some(unexpected)}",)
+
+
+def check_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Raise unless every weight of a model is finite.
+
+    Raises:
+        LayersenseError: one is not.
+    """
     if broken := [
         name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()
     ]:
+        dtype = next(model.parameters()).dtype
         raise LayersenseError(
-            f"{checkpoint.path}: not every weight of {_some(broken)} is finite as "
-            f"{model.dtype}; give a sound checkpoint or, if float16 overflowed, another `dtype`"
+            f"{checkpoint.path}: not every weight of {_some(broken)} is finite as {dtype}; give a "
+            "sound checkpoint or, if float16 overflowed, another `dtype`"
         )
-    return model, tuple(warnings)
+
+
+def start_gradients(model: nn.Module) -> None:
+    """Let gradients start wherever a model detaches: at each layer that none would reach.
+
+    Detectors detach their queries, so the first layers of a decoder work on tensors that require
+    no gradient, although the loss depends on what these layers put out.
+    """
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        if (
+            torch.is_grad_enabled()
+            and isinstance(output, torch.Tensor)
+            and output.is_floating_point()
+            and not output.requires_grad
+        ):
+            output.requires_grad_(True)
+
+    for module in model.modules():
+        if any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)):
+            module.register_forward_hook(hook)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Return a checkpoint's tokenizer.
+
+    Raises:
+        LayersenseError: transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    return _load_part(AutoTokenizer, checkpoint, "its tokenizer", "the tokenizer's files")
+
+
+def load_image_processor(checkpoint: Checkpoint) -> Any:
+    """Return what prepares a checkpoint's images.
+
+    Raises:
+        LayersenseError: transformers cannot load it.
+    """
+    from transformers import AutoImageProcessor
+
+    return _load_part(
+        AutoImageProcessor, checkpoint, "its image processor", "preprocessor_config.json"
+    )
+
+
+def load_processor(checkpoint: Checkpoint) -> Any:
+    """Return what prepares a checkpoint's images and texts.
+
+    Raises:
+        LayersenseError: transformers cannot load it.
+    """
+    from transformers import AutoProcessor
+
+    return _load_part(
+        AutoProcessor, checkpoint, "its processor", "the processor's and tokenizer's files"
+    )
+
+
+def _load_part(auto_class: Any, checkpoint: Checkpoint, what: str, files: str) -> Any:
+    try:
+        return auto_class.from_pretrained(
+            checkpoint.path,
+            local_files_only=True,
+            trust_remote_code=checkpoint.trust_remote_code,
+        )
+    except (ImportError, OSError, ValueError) as error:
+        raise LayersenseError(
+            f"{checkpoint.path}: {what} cannot be loaded ({first_line(error)}); add {files} of "
+            "the original checkpoint"
+        ) from error
 
 
 def quiet_progress_bars() -> None:

@@ -16,17 +16,28 @@ class LayerName(msgspec.Struct, frozen=True):
     """Number of its block (in a CNN, its stage) within the subsystem; None outside of blocks."""
     kind: str
     """``qkv``, ``o_proj``, ``gate_up``, ``down``, ``fc1``, ``fc2``, ``conv``, ``patch_embed``,
-    ``merger``, ``projector``, ``experts``, ``router``, ``lm_head``, ``classifier`` or ``other``."""
+    ``merger``, ``projector``, ``experts``, ``router``, ``lm_head``, ``classifier``,
+    ``class_head``, ``box_head`` or ``other``."""
 
 
-_ROUTER = r"(^|\.)(gate|router|shared_expert_gate)$|\.router\."
+# D-FINE's gateways mix two inputs of a decoder layer and choose no expert.
+_ROUTER = r"(^|\.)(?<!gateway\.)(gate|router|shared_expert_gate)$|\.router\."
+_CLASS_HEAD = (
+    r"(^|\.)(class_labels_classifier|class_embed|enc_score_head|classification_head|lqe_layers"
+    r"|cls_score|cls_logits)(\.|$)|^(model\.)+\d+\.(one2one_)?cv3\.\d+\."
+)
+_BOX_HEAD = (
+    r"(^|\.)(bbox_predictor|bbox_embed|enc_bbox_head|pre_bbox_head|regression_head|bbox_pred"
+    r"|bbox_reg)(\.|$)|^(model\.)+\d+\.(one2one_)?cv2\.\d+\.|^(model\.)+\d+\.dfl\."
+)
 
 # In each table the first pattern that is found in the name decides.
 _SUBSYSTEMS = [
     # Heads: language models, classifiers, then detectors (DETR, torchvision, mmdetection, YOLO).
     (r"(^|\.)(lm_head|embed_out|output_layer|proj_out|score|classifier)(\.|$)", "head"),
     (r"^(fc|heads?)(\.|$)|(^|\.)(rpn|roi_heads|\w+_head)\.", "head"),
-    (r"^(class_labels_classifier|bbox_predictor|class_embed|bbox_embed)(\.|$)", "head"),
+    (_CLASS_HEAD, "head"),
+    (_BOX_HEAD, "head"),
     (r"^(model\.)+\d+\.((one2one_)?cv\d\.\d+\.|dfl\.|m\.\d+$)", "head"),
     # Between the towers: Qwen-VL's mergers, LLaVA, InternVL, SmolVLM, Gemma.
     (r"(^|\.)(\w*merger\w*|multi_modal_projector|mm_projector|mlp1|connector|aligner"
@@ -59,6 +70,8 @@ _ATTENTION = (
 
 _KINDS = [
     (_ROUTER, "router"),
+    (_CLASS_HEAD, "class_head"),
+    (_BOX_HEAD, "box_head"),
     (r"\.experts(\.|$)|\.local_experts\.", "experts"),
     (r"(^|\.)(lm_head|embed_out|output_layer|proj_out)$", "lm_head"),
     (r"^(fc|score|class_labels_classifier|heads?(\.head)?)$|(^|\.)classifier(\.|$)", "classifier"),
@@ -107,6 +120,34 @@ def describe_layer(module_names: Sequence[str]) -> LayerName:
         block=int(match[1]) if match else None,
         kind=next(kinds, "conv" if convolution else "other"),
     )
+
+
+_IMAGE_NECK = r"(^|\.)(encoder_input_proj|decoder_input_proj|input_projection)(\.|$)"
+_IMAGE_BACKBONE = (
+    r"^(resnet|regnet|convnext\w*|mobilenet\w*|mobilevit\w*|efficientnet|swin\w*|segformer|pvt\w*|vit"
+    r"|deit|beit|dinov2\w*|data2vec_vision|poolformer|focalnet|cvt|van|levit|glpn|dpt)\."
+)
+
+
+def describe_image_layer(module_names: Sequence[str]) -> LayerName:
+    """Return the same for a model that reads images alone.
+
+    What is neither its neck, its encoder and decoder nor its head is the backbone, whether that is
+    convolutions or a transformer.
+    """
+    layer = describe_layer(module_names)
+    first = module_names[0]
+    subsystem = layer.subsystem
+    if re.search(_IMAGE_NECK, first):
+        subsystem = "neck"
+    elif re.search(r"(^|\.)(enc_output|query_pos_head)(\.|$)", first):
+        subsystem = "decoder"  # what makes the decoder's queries, and their positions
+    elif subsystem not in ("head", "neck", "encoder", "decoder") or re.search(
+        _IMAGE_BACKBONE, first
+    ):
+        subsystem = "backbone"
+    kind = "conv" if layer.kind == "other" and subsystem in ("backbone", "neck") else layer.kind
+    return LayerName(subsystem=subsystem, block=layer.block, kind=kind)
 
 
 def is_router(module_names: Sequence[str]) -> bool:

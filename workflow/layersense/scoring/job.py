@@ -142,14 +142,20 @@ def _measure(
         sampling = settings["sampling"]
         with open_database(database_file) as database:
             rows = database.rows(unit, "calibration", limit=sampling["calibration_samples"])
+            if not rows:
+                raise LayersenseError(
+                    f"{database_file}: holds no {unit}s to calibrate on, which task "
+                    f"{checkpoint.task} needs; take a dataset that has them"
+                )
+            score_rows = rows[: sampling["score_samples"]]
             dataset = Dataset(
                 name=database_file.stem,
                 source=database.meta["source"],
                 digest=database.meta["digest"],
                 modality=settings["modality"],
                 unit=unit,
-                calibration_samples=sampling["calibration_samples"],
-                score_samples=sampling["score_samples"],
+                calibration_samples=len(rows),
+                score_samples=len(score_rows),
             )
         measurement = Measurement(
             checkpoint=checkpoint,
@@ -160,10 +166,11 @@ def _measure(
                 min_pixels=sampling.get("min_pixels"),
                 max_pixels=sampling.get("max_pixels"),
                 prompt=sampling.get("prompt", ""),
+                seed=sampling["seed"],
             ),
             method=settings["method"],
             calibration_rows=rows,
-            score_rows=rows[: sampling["score_samples"]],
+            score_rows=score_rows,
             calibration_batch_size=sampling["calibration_batch_size"],
             score_batch_size=sampling["batch_size"],
             dtype=settings["dtype"],

@@ -1,22 +1,36 @@
 """Tasks by name: one file each, behind :class:`layersense.models.tasks.protocol.Task`."""
 
+from importlib import import_module
+
 from layersense.errors import LayersenseError
-from layersense.models.tasks.causal_lm import CausalLM
-from layersense.models.tasks.image_text_to_text import ImageTextToText
+from layersense.models.outside import is_outside, load_task
 from layersense.models.tasks.protocol import Task
 
-_TASKS: dict[str, Task] = {task.name: task for task in (CausalLM(), ImageTextToText())}
+_TASKS = {
+    "causal-lm": ("causal_lm", "CausalLM"),
+    "image-classification": ("image_classification", "ImageClassification"),
+    "image-text-to-text": ("image_text_to_text", "ImageTextToText"),
+    "object-detection": ("object_detection", "ObjectDetection"),
+    "semantic-segmentation": ("semantic_segmentation", "SemanticSegmentation"),
+    "seq2seq-lm": ("seq2seq_lm", "Seq2SeqLM"),
+}
+"""Name → module of this folder, and class in it."""
 
 
 def get_task(name: str) -> Task:
-    """Return the task called ``name``, such as ``image-text-to-text``.
+    """Return the task called ``name``, such as ``image-text-to-text``, or one of the user's own.
 
     Raises:
         LayersenseError: there is no such task.
     """
-    try:
-        return _TASKS[name]
-    except KeyError:
+    if is_outside(name):
+        outside: Task = load_task(name)
+        return outside
+    if name not in _TASKS:
         raise LayersenseError(
-            f"there is no task {name}; write one of {', '.join(sorted(_TASKS))}"
-        ) from None
+            f"there is no task {name}; write one of {', '.join(_TASKS)}, or your own as "
+            "`package.module:Class`"
+        )
+    module, class_name = _TASKS[name]
+    task: Task = getattr(import_module(f"layersense.models.tasks.{module}"), class_name)()
+    return task

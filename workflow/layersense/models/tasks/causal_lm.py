@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
-from layersense.models.loading import first_line, load_model
+from layersense.models.loading import load_model, load_tokenizer
 from layersense.models.tasks.protocol import Batch, Loaded, Sampling, check_modality
 from layersense.models.tasks.tokens import (
     count_supervised,
@@ -40,20 +40,10 @@ class CausalLM:
 
     def load(self, checkpoint: Checkpoint, *, dtype: str, device: torch.device | str) -> Loaded:
         """Load model and tokenizer; see :class:`~layersense.models.tasks.protocol.Task`."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         model, warnings = load_model(AutoModelForCausalLM, checkpoint, dtype=dtype, device=device)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint.path,
-                local_files_only=True,
-                trust_remote_code=checkpoint.trust_remote_code,
-            )
-        except (ImportError, OSError, ValueError) as error:
-            raise LayersenseError(
-                f"{checkpoint.path}: its tokenizer cannot be loaded ({first_line(error)}); add "
-                "the tokenizer's files of the original checkpoint"
-            ) from error
+        tokenizer = load_tokenizer(checkpoint)
         if tokenizer.eos_token_id is None:
             raise LayersenseError(
                 f"{checkpoint.path}: its tokenizer names no end token, which joins the texts; set "

@@ -13,7 +13,7 @@ from layersense.calibration.images import open_image
 from layersense.calibration.sampling import Unit
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
-from layersense.models.loading import first_line, load_model
+from layersense.models.loading import first_line, load_model, load_processor
 from layersense.models.tasks.protocol import IGNORED, Batch, Loaded, Sampling, check_modality
 from layersense.models.tasks.tokens import (
     LazyBatches,
@@ -72,22 +72,12 @@ class ImageTextToText:
 
     def load(self, checkpoint: Checkpoint, *, dtype: str, device: torch.device | str) -> Loaded:
         """Load model and processor; see :class:`~layersense.models.tasks.protocol.Task`."""
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
         model, warnings = load_model(
             AutoModelForImageTextToText, checkpoint, dtype=dtype, device=device
         )
-        try:
-            processor = AutoProcessor.from_pretrained(
-                checkpoint.path,
-                local_files_only=True,
-                trust_remote_code=checkpoint.trust_remote_code,
-            )
-        except (ImportError, OSError, ValueError) as error:
-            raise LayersenseError(
-                f"{checkpoint.path}: its processor cannot be loaded ({first_line(error)}); add "
-                "the processor's and tokenizer's files of the original checkpoint"
-            ) from error
+        processor = load_processor(checkpoint)
         if getattr(processor, "chat_template", None) is None:
             raise LayersenseError(
                 f"{checkpoint.path}: has no chat template; add chat_template.jinja of the "

@@ -28,7 +28,8 @@ class Sampling:
     max_length: int
     """Longest sequence in tokens."""
     modality: str
-    """``image_text`` or ``text``."""
+    """``image_text``, ``text``, ``text_pair``, ``image_boxes``, ``image_labels`` or
+    ``image_masks``."""
     prompt: str = "Describe the image."
     """What the user's turn says."""
     min_pixels: int | None = None
@@ -36,35 +37,41 @@ class Sampling:
     max_pixels: int | None = None
     """Largest image in pixels after resizing; None is the processor's own."""
     seed: int = 0
-    """For tasks that draw at random; those here do not."""
+    """Seed of the run, for tasks that draw at random; those here do not."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples, ready for a model of B × T tokens."""
+    """Some samples, ready for a model: B × T tokens, or B images."""
 
     inputs: dict[str, Tensor]
     """Keyword arguments of the model's forward; ``input_ids`` has shape (B, T)."""
     labels: Tensor
-    """Token ids, shape (B, T); ``IGNORED`` where nothing is supervised."""
+    """Token ids, shape (B, T), or a class of each sample or pixel, shape (B, …); ``IGNORED`` where
+    nothing is supervised."""
     n_tokens: int
-    """Supervised tokens: those that enter the loss, after the shift by one position."""
+    """Supervised tokens: those that enter the loss. Where there are none, samples."""
     n_samples: int
     """Samples: B."""
     n_padding: int
-    """Positions that only fill up a row."""
+    """Positions (tokens, or pixels of images) that only fill up a sample."""
     n_truncated: int
     """Samples that were cut to ``max_length``."""
+    targets: tuple[dict[str, Tensor], ...] = ()
+    """What is to be found in each sample, where labels cannot say it: boxes and their classes."""
+    positions: int | None = None
+    """All positions, padding included, where they are not the elements of ``labels``."""
 
     @property
     def n_positions(self) -> int:
-        """All positions, padding included: B × T."""
-        return self.labels.numel()
+        """All positions, padding included: B × T, or pixels."""
+        return self.labels.numel() if self.positions is None else self.positions
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
         """Return the batch on ``device``, its floating-point inputs as ``dtype``.
 
-        The tensors are detached: ``requires_grad_`` on them leaves this batch as it is.
+        Labels and targets keep their types, as losses are computed in float32. The tensors are
+        detached: ``requires_grad_`` on them leaves this batch as it is.
         """
         return replace(
             self,
@@ -73,6 +80,9 @@ class Batch:
                 for key, value in self.inputs.items()
             },
             labels=self.labels.to(device),
+            targets=tuple(
+                {key: value.to(device) for key, value in target.items()} for target in self.targets
+            ),
         )
 
 
@@ -131,13 +141,29 @@ class Task(Protocol):
         """Run the model; the batch is on its device."""
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
-        """Return the batch's loss, **summed** over its supervised tokens, as a float32 scalar."""
+        """Return the batch's loss, **summed** over its supervised tokens, as a float32 scalar.
+
+        Where there are no tokens it is summed over samples: a loss that the model normalises over
+        the batch is brought to the sum of what each sample alone would give.
+        """
 
     def supervised_logits(self, output: Any, batch: Batch) -> Tensor:
-        """Return the logits that the loss reads, shape (n_tokens, vocabulary), float32."""
+        """Return the logits that the loss reads, shape (n, classes), float32; for ``kl_div``.
+
+        Raises:
+            LayersenseError: the task has no one output distribution.
+        """
 
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""
+
+
+def no_distribution(task: Task) -> LayersenseError:
+    """Return the error of a task that cannot be measured by ``kl_div``."""
+    return LayersenseError(
+        f"task {task.name} has no one output distribution, which `method: kl_div` compares; set "
+        "`method: gradient`"
+    )
 
 
 def check_modality(task: Task, modality: str) -> None:

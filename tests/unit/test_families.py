@@ -1,0 +1,465 @@
+"""Every family on the embedded sample: what its loss reaches, and that it is a sum over samples."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow  # importing ModelOpt takes 15 s
+
+torch = pytest.importorskip("torch")
+
+import tiny_families as families  # noqa: E402
+from studies import Study, sample_database, study  # noqa: E402
+from tiny_models import resolve_folder  # noqa: E402
+
+from layersense.calibration.database import Object, Row, open_database  # noqa: E402
+from layersense.errors import LayersenseError  # noqa: E402
+from layersense.models.tasks import get_task  # noqa: E402
+from layersense.models.tasks.protocol import Batch, Loaded, Sampling  # noqa: E402
+
+MODALITIES = {
+    "seq2seq-lm": "text_pair",
+    "object-detection": "image_boxes",
+    "image-classification": "image_labels",
+    "semantic-segmentation": "image_masks",
+    "causal-lm": "text",
+    "image-text-to-text": "image_text",
+}
+FAMILIES: dict[str, tuple[str, set[str]]] = {
+    "t5": ("seq2seq-lm", {"encoder", "decoder", "head"}),
+    "bart": ("seq2seq-lm", {"encoder", "decoder", "head"}),
+    "yolos": ("object-detection", {"backbone", "head"}),
+    "rt_detr": ("object-detection", {"backbone", "neck", "encoder", "decoder", "head"}),
+    "ssdlite": ("object-detection", {"backbone", "head"}),
+    "resnet": ("image-classification", {"backbone", "head"}),
+    "vit": ("image-classification", {"backbone", "head"}),
+    "convnext": ("image-classification", {"backbone", "head"}),
+    "torchvision_resnet": ("image-classification", {"backbone", "head"}),
+    "segformer": ("semantic-segmentation", {"backbone", "head"}),
+    "lraspp": ("semantic-segmentation", {"backbone", "head"}),
+    "gpt2": ("causal-lm", {"language", "head"}),
+    "qwen2": ("causal-lm", {"language", "head"}),
+    "qwen3": ("causal-lm", {"language", "head"}),
+    "gemma3": ("causal-lm", {"language", "head"}),
+    "llava_onevision": ("image-text-to-text", {"vision", "projector", "language", "head"}),
+    "qwen3_vl": ("image-text-to-text", {"vision", "projector", "language", "head"}),
+}
+"""Builder → task, subsystems."""
+BY_ROW = [name for name, (task, _) in FAMILIES.items() if task != "causal-lm"]
+"""Those of which a row is a sample; language models pack texts into blocks."""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = families.seeded(
+                getattr(families, name), tmp_path_factory.mktemp(name.replace("_", "-"))
+            )
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def studied(shared: Path, checkpoint: Any) -> Any:
+    done: dict[str, Study] = {}
+
+    def get(name: str) -> Study:
+        if name not in done:
+            done[name] = study(shared, checkpoint(name), FAMILIES[name][0])
+        return done[name]
+
+    return get
+
+
+def load(folder: Path, task_name: str) -> Loaded:
+    return get_task(task_name).load(resolve_folder(folder, task_name), dtype="auto", device="cpu")
+
+
+def sample_rows(shared: Path, task_name: str, count: int) -> list[Row]:
+    unit = get_task(task_name).unit(MODALITIES[task_name])
+    with open_database(sample_database(shared)) as database:
+        return database.rows(unit, "calibration", limit=count)
+
+
+def sampling(task_name: str) -> Sampling:
+    return Sampling(max_length=256, modality=MODALITIES[task_name])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_subsystem_scores(studied: Any, name: str) -> None:
+    result = studied(name)
+    assert set(result.subsystems) == FAMILIES[name][1]
+    assert all(score > 0 for score in result.subsystems.values())
+    assert result.silent == {}
+    assert not result.findings("subsystem-at-zero")
+    assert not result.findings("score-not-finite")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_layer_is_scored_or_listed_with_a_reason(
+    studied: Any, checkpoint: Any, name: str
+) -> None:
+    layers = studied(name).scores.layers
+    model = load(checkpoint(name), FAMILIES[name][0]).model
+    quantizable = {
+        module_name
+        for module_name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    }
+    assert quantizable <= set(layers)
+    for layer_name in quantizable:
+        assert layers[layer_name].group is not None
+    assert all(layer.group or layer.reason for layer in layers.values())
+
+
+def test_heads_are_told_apart(studied: Any) -> None:
+    for name in ("yolos", "rt_detr", "ssdlite"):
+        heads = {
+            group.kind
+            for group in studied(name).scores.groups.values()
+            if group.subsystem == "head"
+        }
+        assert heads == {"class_head", "box_head"}
+
+
+def buffers(model: Any) -> dict[str, Any]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def losses(task: Any, loaded: Loaded, batches: Any) -> Iterator[float]:
+    for batch in batches:
+        yield task.loss(task.forward(loaded.model, batch), batch).item()
+
+
+@pytest.mark.parametrize("name", [*BY_ROW, "retinanet", "d_fine"])
+def test_the_loss_is_a_sum_over_samples_and_moves_no_statistics(
+    checkpoint: Any, shared: Path, name: str
+) -> None:
+    task_name = FAMILIES.get(name, ("object-detection",))[0]
+    task, loaded = get_task(task_name), load(checkpoint(name), task_name)
+    rows = sample_rows(shared, task_name, 5)
+    before = buffers(loaded.model)
+    sums = []
+    for batch_size in (1, 2, 5):
+        batches = task.batches(loaded, rows, sampling(task_name), batch_size)
+        sums.append(sum(losses(task, loaded, batches)))
+        assert sum(batch.n_samples for batch in batches) == 5
+        if task_name not in ("seq2seq-lm", "image-text-to-text"):
+            assert [batch.n_tokens for batch in batches] == [batch.n_samples for batch in batches]
+    assert sums[0] > 0
+    assert sums[1:] == pytest.approx([sums[0]] * 2, rel=1e-4)
+    assert not loaded.model.training
+    for key, value in buffers(loaded.model).items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("name", ["yolos", "segformer"])
+def test_scores_do_not_depend_on_the_batch(
+    studied: Any, shared: Path, checkpoint: Any, name: str
+) -> None:
+    whole = study(shared, checkpoint(name), FAMILIES[name][0], batch_size=4)
+    for handle, group in studied(name).manifest.layer_sensitivity.items():
+        other = whole.manifest.layer_sensitivity[handle]
+        assert other.scores[0] == pytest.approx(group.scores[0], rel=1e-3), handle
+
+
+@pytest.mark.parametrize("name", ["yolos", "rt_detr", "d_fine"])
+def test_one_photographs_loss_is_the_detectors_own(
+    checkpoint: Any, shared: Path, name: str
+) -> None:
+    import transformers
+
+    task, loaded = get_task("object-detection"), load(checkpoint(name), "object-detection")
+    rows = sample_rows(shared, "object-detection", 3)
+    own = transformers.AutoModelForObjectDetection.from_pretrained(checkpoint(name)).eval()
+    batches = task.batches(loaded, rows, sampling("object-detection"), 1)
+    with torch.no_grad():
+        for ours, batch in zip(losses(task, loaded, batches), batches, strict=True):
+            expected = own(**batch.inputs, labels=[dict(batch.targets[0])]).loss.item()
+            assert ours == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["retinanet", "ssdlite"])
+def test_one_photographs_loss_is_torchvisions_own(checkpoint: Any, shared: Path, name: str) -> None:
+    from layersense.models.tasks.images import photograph, to_tensor
+
+    task, loaded = get_task("object-detection"), load(checkpoint(name), "object-detection")
+    model: Any = loaded.model
+    rows = sample_rows(shared, "object-detection", 2)
+    for row in rows:
+        (batch,) = task.batches(loaded, [row], sampling("object-detection"), 1)
+        (ours,) = losses(task, loaded, [batch])
+        corners = [(x, y, x + w, y + h) for shown in row.objects for x, y, w, h in (shown.bbox,)]
+        names = [families.CATEGORIES.index(shown.category) + 1 for shown in row.objects]
+        kept = [index for index, shown in enumerate(row.objects) if not shown.is_crowd]
+        target = {
+            "boxes": torch.tensor(corners)[kept],
+            "labels": torch.tensor(names)[kept],
+        }
+        model.training = True  # of the outermost module alone: its BatchNorms stay as they are
+        own = model([to_tensor(photograph(row))], [target])
+        model.training = False
+        assert ours == pytest.approx(sum(loss.item() for loss in own.values()), rel=1e-4)
+
+
+def test_boxes_move_with_the_image(checkpoint: Any, tmp_path: Path) -> None:
+    from PIL import Image
+
+    wide, tall = tmp_path / "wide.png", tmp_path / "tall.png"
+    Image.new("RGB", (120, 60), "white").save(wide)
+    Image.new("RGB", (60, 120), "white").save(tall)
+    rows = [
+        Row(path, None, objects=(Object("cat", (15.0, 15.0, 30.0, 30.0)),)) for path in (wide, tall)
+    ]
+    task = get_task("object-detection")
+    yolos = load(checkpoint("yolos"), "object-detection")
+    (batch,) = task.batches(yolos, rows, sampling("object-detection"), 2)
+    # 120×60 becomes 80×32 (YOLOS rounds to multiples of 16), 60×120 becomes 32×80; both are padded
+    # to 80×80.
+    assert batch.inputs["pixel_values"].shape == (2, 3, 80, 80)
+    assert (batch.n_positions, batch.n_padding) == (2 * 80 * 80, 2 * 80 * 48)
+    boxes = [target["boxes"][0].tolist() for target in batch.targets]
+    assert boxes[0] == pytest.approx([0.25, 0.5 * 32 / 80, 0.25, 0.5 * 32 / 80])
+    assert boxes[1] == pytest.approx([0.5 * 32 / 80, 0.25, 0.5 * 32 / 80, 0.25])
+    ssd = load(checkpoint("ssdlite"), "object-detection")
+    (batch,) = task.batches(ssd, rows[:1], sampling("object-detection"), 2)
+    assert batch.targets[0]["boxes"][0].tolist() == pytest.approx([40, 80, 120, 240])
+    assert batch.targets[0]["labels"].tolist() == [families.CATEGORIES.index("cat") + 1]
+
+
+@pytest.mark.parametrize("name", ["retinanet", "d_fine"])
+def test_modules_called_several_times_are_refused_by_the_stock_engine(
+    shared: Path, checkpoint: Any, name: str
+) -> None:
+    with pytest.raises(LayersenseError, match="is called several times in one forward"):
+        study(shared, checkpoint(name), "object-detection")
+
+
+# What a loss misses
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "subsystem", "reached"),
+    [
+        ("t5", "EncoderOnly", "decoder", "not_called"),
+        ("bart", "FrozenEncoder", "encoder", "no_gradient"),
+        ("resnet", "FrozenBackbone", "backbone", "no_gradient"),
+        ("segformer", "FrozenFeatures", "backbone", "no_gradient"),
+    ],
+)
+def test_a_subsystem_that_the_loss_misses_is_told(
+    shared: Path, checkpoint: Any, name: str, task: str, subsystem: str, reached: str
+) -> None:
+    modality = MODALITIES[FAMILIES[name][0]]
+    result = study(shared, checkpoint(name), f"outside_tasks:{task}", modality=modality)
+    assert result.subsystems[subsystem] == 0
+    (finding,) = (
+        finding
+        for finding in result.findings("subsystem-at-zero")
+        if f"of the {subsystem} subsystem" in finding.what
+    )
+    groups = {
+        handle.removesuffix(".quant_recipe")
+        for handle, group in result.scores.groups.items()
+        if group.subsystem == subsystem
+    }
+    assert set(finding.layers) == groups
+    assert {result.silent[layer] for layer in groups} == {reached}
+    rest = set(result.subsystems) - {subsystem, "head"}
+    assert all(result.subsystems[other] > 0 for other in rest)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen3_vl"])
+def test_texts_alone_leave_the_vision_tower_at_zero(
+    shared: Path, checkpoint: Any, name: str
+) -> None:
+    result = study(shared, checkpoint(name), FAMILIES[name][0], modality="text")
+    assert result.subsystems["language"] > 0
+    missed = {"vision", "projector"}
+    assert {part: result.subsystems[part] for part in missed} == dict.fromkeys(missed, 0)
+    found = {finding.what.split(" of the ")[1].split()[0]: finding.why
+             for finding in result.findings("subsystem-at-zero")}  # fmt: skip
+    assert set(found) == missed
+    assert found["vision"] == "The calibration data is text alone, so the vision tower never ran."
+
+
+def test_a_class_loss_alone_leaves_the_box_head_at_zero(shared: Path, checkpoint: Any) -> None:
+    result = study(shared, checkpoint("yolos"), "outside_tasks:ClassesOnly", modality="image_boxes")
+    (finding,) = result.findings("unreached-groups")
+    assert finding.layers == [f"bbox_predictor.layers.{index}" for index in range(3)]
+    assert result.silent == dict.fromkeys(finding.layers, "no_gradient")
+    assert all(score > 0 for score in result.subsystems.values())
+
+
+# What is refused
+
+
+def test_data_that_does_not_fit_a_model_is_one_sentence(shared: Path, checkpoint: Any) -> None:
+    for name, what in (("yolos", "boxes"), ("segformer", "masks"), ("resnet", "named")):
+        task_name = FAMILIES[name][0]
+        task, loaded = get_task(task_name), load(checkpoint(name), task_name)
+        rows = [replace(row, objects=(), texts=()) for row in sample_rows(shared, task_name, 1)]
+        with pytest.raises(LayersenseError) as error:
+            task.batches(loaded, rows, sampling(task_name), 1)
+        assert str(error.value).count("\n") == 0
+        assert ("nothing" if what != "boxes" else "no boxes") in str(error.value)
+        strange = [replace(rows[0], objects=(Object("dragon", (0, 0, 9, 9), False, "[]"),))]
+        with pytest.raises(LayersenseError, match="dragon"):
+            task.batches(loaded, strange, sampling(task_name), 1)
+
+
+def test_a_table_names_the_models_own_classes(shared: Path, checkpoint: Any) -> None:
+    task, loaded = get_task("image-classification"), load(checkpoint("vit"), "image-classification")
+    (row,) = sample_rows(shared, "image-classification", 1)
+    rows = [replace(row, objects=(), texts=(text,)) for text in ("Cat", "traffic_light")]
+    (batch,) = task.batches(loaded, rows, sampling("image-classification"), 2)
+    assert batch.labels.tolist() == [
+        families.CATEGORIES.index("cat"), families.CATEGORIES.index("traffic light")
+    ]  # fmt: skip
+    output = task.forward(loaded.model, batch)
+    logits = torch.log_softmax(output.float(), dim=-1)
+    expected = -sum(logits[i, label] for i, label in enumerate(batch.labels.tolist()))
+    assert task.loss(output, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(task.supervised_logits(output, batch), output.float())
+    with pytest.raises(LayersenseError, match=r"no class for .*column `text`"):
+        task.batches(
+            loaded, [replace(rows[0], texts=("dragon",))], sampling("image-classification"), 1
+        )
+
+
+def test_several_categories_are_several_yes_or_no(shared: Path, checkpoint: Any) -> None:
+    task, loaded = get_task("image-classification"), load(checkpoint("vit"), "image-classification")
+    rows = sample_rows(shared, "image-classification", 3)
+    (batch,) = task.batches(loaded, rows, sampling("image-classification"), 3)
+    for labels, row in zip(batch.labels, rows, strict=True):
+        shown = {families.CATEGORIES.index(item.category) for item in row.objects}
+        assert set(labels.nonzero().flatten().tolist()) == shown
+    output = task.forward(loaded.model, batch)
+    with pytest.raises(LayersenseError, match="no one output distribution"):
+        task.supervised_logits(output, batch)
+
+
+def test_detectors_have_no_one_distribution() -> None:
+    empty = Batch({}, torch.zeros(0), 0, 0, 0, 0)
+    with pytest.raises(LayersenseError, match="set `method: gradient`"):
+        get_task("object-detection").supervised_logits(None, empty)
+
+
+def test_detectors_that_sample_at_random_are_refused(tmp_path: Path) -> None:
+    from torchvision.models import get_model
+
+    from layersense.models.torchvision_models import save_checkpoint
+
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    model = get_model(name, weights=None, weights_backbone=None, num_classes=3)
+    save_checkpoint(name, model, tmp_path, categories=["no", "cat", "dog"], num_classes=3)
+    with pytest.raises(LayersenseError, match="samples its proposals at random"):
+        load(tmp_path, "object-detection")
+
+
+def test_a_broken_torchvision_checkpoint_is_one_sentence(checkpoint: Any, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    def change(**keys: Any) -> Path:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(checkpoint("torchvision_resnet"), folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **keys}))
+        return folder
+
+    for keys, message in (
+        ({"architectures": ["resnet19"]}, "cannot build resnet19"),
+        ({"arguments": {"colour": 3}}, "cannot build resnet18"),
+        ({"arguments": {"num_classes": 3}}, "do not fit resnet18"),
+        ({"architectures": ["resnet34"]}, "holds no weights for .* which resnet34 needs"),
+    ):
+        with pytest.raises(LayersenseError, match=message):
+            load(change(**keys), "image-classification")
+
+
+def test_texts_that_are_too_long_are_cut_and_counted(checkpoint: Any, shared: Path) -> None:
+    task, loaded = get_task("seq2seq-lm"), load(checkpoint("bart"), "seq2seq-lm")
+    rows = sample_rows(shared, "seq2seq-lm", 2)
+    short = Sampling(max_length=8, modality="text_pair")
+    (batch,) = task.batches(loaded, rows, short, 2)
+    assert batch.n_truncated == 2
+    assert batch.inputs["input_ids"].shape == (2, 8)
+    assert batch.labels[:, -1].tolist() == [1, 1]  # the end token stays
+    with pytest.raises(LayersenseError, match="is more than the 512 positions"):
+        task.batches(loaded, rows, Sampling(max_length=513, modality="text_pair"), 2)
+    with pytest.raises(LayersenseError, match="a text is empty"):
+        task.batches(loaded, [replace(rows[0], target=" ")], short, 2)
+
+
+def test_targets_are_supervised_whole_and_padding_never(checkpoint: Any, shared: Path) -> None:
+    task, loaded = get_task("seq2seq-lm"), load(checkpoint("t5"), "seq2seq-lm")
+    rows = sample_rows(shared, "seq2seq-lm", 4)
+    (batch,) = task.batches(loaded, rows, sampling("seq2seq-lm"), 4)
+    words = loaded.processor
+    for labels, ids, row in zip(batch.labels, batch.inputs["input_ids"], rows, strict=True):
+        assert words.decode(labels[labels != -100]) == f"{row.target}</s>"
+        assert words.decode(ids[ids != words.pad_token_id]) == f"{row.caption}</s>"
+    assert batch.n_tokens == int((batch.labels != -100).sum())
+    with torch.no_grad():
+        own = loaded.model(
+            input_ids=batch.inputs["input_ids"],
+            attention_mask=batch.inputs["attention_mask"],
+            labels=batch.labels,
+        ).loss.item()
+    (ours,) = losses(task, loaded, [batch])
+    assert ours == pytest.approx(own * batch.n_tokens, rel=1e-5)
+
+
+# Tasks of the user's own
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("no_such_module:Task", "no_such_module cannot be imported"),
+        ("outside_tasks:NoSuchClass", "defines no class NoSuchClass"),
+        ("outside_tasks:Incomplete", "has no `modalities`, which every task has"),
+    ],
+)
+def test_a_broken_task_is_one_sentence(task: str, message: str) -> None:
+    with pytest.raises(LayersenseError, match=message):
+        get_task(task)
+
+
+def test_the_documented_task_works_as_an_outside_package(
+    shared: Path, checkpoint: Any, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (repository / "docs" / "tasks.md").read_text(encoding="utf-8")
+    (code,) = (
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class " in block
+    )
+    (tmp_path / "depth").mkdir()
+    (tmp_path / "depth" / "task.py").write_text(code, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    result = study(
+        shared,
+        checkpoint("glpn"),
+        "depth.task:Smoothness",
+        modality="image_labels",
+        batch_size=1,
+        calibration_batch_size=1,
+    )
+    assert all(score > 0 for score in result.subsystems.values())
+    assert set(result.subsystems) == {"backbone", "decoder", "head"}
+    assert result.scores.dataset.unit == "image"
