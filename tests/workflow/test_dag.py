@@ -205,7 +205,8 @@ def provide_files(root: Path) -> None:
     sample = root / "workflow/layersense/resources/coco-sample"
     shutil.copytree(sample, root / "data" / "coco")
     (root / "data" / "texts.jsonl").write_text(json.dumps({"text": "a line"}) + "\n")
-    (root / "my-checkpoint").mkdir()
+    for folder in ("my-checkpoint", "checkpoints/ssdlite", "checkpoints/segformer-b2-coco"):
+        (root / folder).mkdir(parents=True)
     (root / "photos").mkdir()
     (root / "photos" / "table.csv").write_text("image,text\n")
 
