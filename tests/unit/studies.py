@@ -1,5 +1,6 @@
 """Score a tiny model on the embedded sample as the workflow does, down to the manifest."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -56,16 +57,20 @@ def sample_database(folder: Path) -> Path:
     return path
 
 
-def study(folder: Path, checkpoint: Path, task: str, **run: Any) -> Study:
-    """Score FP8 over all layers of ``checkpoint`` on the sample.
+def study(
+    folder: Path, checkpoint: Path, task: str, *, formats: Sequence[str] = (FP8,), **run: Any
+) -> Study:
+    """Score all layers of ``checkpoint`` on the sample.
 
     Args:
         folder: where the sample's database is kept between studies.
         checkpoint: a directory.
         task: its task.
+        formats: what to measure.
         run: keys of the run.
     """
     data = _config(str(checkpoint), task, run)
+    data["schemes"]["scheme"]["quant_formats"] = list(formats)
     config = load_config(yaml.safe_load(yaml.safe_dump(data)), "test")
     out = checkpoint / "study"
     out.mkdir(exist_ok=True)

@@ -16,7 +16,15 @@ from pydantic_core import PydanticUndefined
 from layersense import config as models
 from layersense.config import Config
 from layersense.files import atomic_write
-from layersense.quantization.formats import Format, all_layers_name, known_formats, registry
+from layersense.quantization.formats import (
+    Format,
+    all_layers_name,
+    known_formats,
+    registry,
+    resolve_format,
+    runtimes,
+)
+from layersense.quantization.pairs import Pair, grid
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCHEMA = REPOSITORY / "workflow/schemas/config.schema.json"
@@ -58,6 +66,7 @@ config given in this way stands for itself and is not merged into `config.yaml`.
 | [`detectors-coco.yaml`](examples/detectors-coco.yaml) | detectors |
 | [`classifier-own-classes.yaml`](examples/classifier-own-classes.yaml) | a classifier |
 | [`segmenter-coco.yaml`](examples/segmenter-coco.yaml) | a segmenter |
+| [`grid-of-pairs.yaml`](examples/grid-of-pairs.yaml) | every pair of types in one run |
 | [`many-schemes.yaml`](examples/many-schemes.yaml) | many schemes, an own format |
 
 The whole config is checked before anything starts, and all problems are told at once. The first
@@ -96,8 +105,33 @@ by a scheme's `exclude` instead. How to make a format of your own:
 - **Activations** `NONE`: they stay as they are (a weight-only format).
 - **Algorithm** calibrates the scales; `–`: they are found on the fly and nothing is calibrated.
   Formats with `max` are measured together, each other one in a pass of its own.
+- **Deploys**: what loads the checkpoint that ModelOpt's exporter writes in this format, by that
+  runtime's documentation; all else is **simulation only**: it can be measured, and no runtime is
+  known to us that runs it. Layers that a runtime does not quantize (convolutions, vision towers)
+  are another question.
 - **CUDA**: `needed` where ModelOpt has no code for the CPU; refused with `device: cpu` when the
   config is read.
+"""
+
+
+_PAIRS = """\
+## Pairs of types
+
+Any type of weight with any type of activation, as a format of all layers: `W8A8_FP8_INT8` is FP8
+weights with INT8 activations, `W4A16_INT4` INT4 weights with activations as they are. FP4 is NVFP4.
+[`examples/grid-of-pairs.yaml`](../config/examples/grid-of-pairs.yaml) measures them all in one run.
+
+What shares a scale is an option at the end of the name, where it is not the default:
+
+| option | weights | option | activations |
+| --- | --- | --- | --- |
+| `_WTENSOR` | the whole tensor | `_ATENSOR` | the whole tensor, calibrated |
+| `_WCHANNEL` | an output channel | `_ATOKEN` | a token, found on the fly |
+| `_WGROUP64`, `_WGROUP128` | so many in a row | | |
+
+So `W8A8_INT8_INT8_WTENSOR_ATOKEN` has one scale for all weights and one for each token. FP4 is
+always in blocks of 16, as ModelOpt emulates it in no other way. Bits count the weight and its
+scales; ModelOpt alone would bill `W8A4_FP8_INT4` at 4 bits.
 """
 
 
@@ -140,10 +174,17 @@ def formats() -> str:
         for name, entry in committed.formats.items()
         for alias in map(all_layers_name, entry.aliases)
     ]
-    columns = ("Format", "ModelOpt's config", "Bits", "Weights", "Activations", "Algorithm", "CUDA")
+    columns = (
+        "Format", "ModelOpt's config", "Bits", "Weights", "Activations", "Algorithm", "CUDA",
+        "Deploys",
+    )  # fmt: skip
+    pairs = ("Pair", "Bits", "Weights by", "Activations by", "CUDA", "Deploys")
     lines = [
         _FORMATS_HEAD.format(version=committed.modelopt),
         *_rows(columns, (_format_row(known[name]) for name in known)),
+        "",
+        _PAIRS,
+        *_rows(pairs, map(_pair_row, grid())),
         "",
         "## Other names for the same",
         "",
@@ -182,6 +223,23 @@ def _format_row(format: Format) -> tuple[str, ...]:
         format.act_format,
         f"`{format.algorithm['method']}`" if format.algorithm else "–",
         "needed" if format.needs_cuda else "",
+        ", ".join(runtimes(format)) or "simulation only",
+    )
+
+
+def _pair_row(pair: Pair) -> tuple[str, ...]:
+    words = {
+        "TENSOR": "tensor", "CHANNEL": "channel", "GROUP128": "group of 128",
+        "BLOCK16": "block of 16", "TOKEN": "token", None: "–",
+    }  # fmt: skip
+    format = resolve_format(pair.name, {})
+    return (
+        f"`{format.name}`",
+        f"{format.effective_bits:.4g}",
+        words[pair.weight_by],
+        words[pair.act_by],
+        "needed" if format.needs_cuda else "",
+        ", ".join(runtimes(format)) or "simulation only",
     )
 
 

@@ -16,7 +16,13 @@ from layersense.config import TASK_METHODS, TASK_MODALITIES, Config, OwnFormat
 from layersense.errors import LayersenseError
 from layersense.models.outside import find_module, is_outside
 from layersense.paths import RESERVED_RUNS, RESERVED_SCHEMES
-from layersense.quantization.formats import Format, check_device, known_formats, resolve_format
+from layersense.quantization.formats import (
+    Format,
+    check_device,
+    grid_formats,
+    known_formats,
+    resolve_format,
+)
 
 Path_ = tuple[str | int, ...]
 """Keys and indices that lead to a value of the config."""
@@ -399,7 +405,7 @@ class _Checker:
             except LayersenseError as error:
                 reason = str(error)
                 if reason.startswith("there is no format"):
-                    words = [*self.section("formats"), *known_formats()]
+                    words = [*map(str, self.section("formats")), *known_formats(), *grid_formats()]
                     self.add(path, "expected a format (docs list them all)", name, words)
                 else:
                     self.add(path, reason)

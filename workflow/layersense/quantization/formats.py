@@ -8,6 +8,7 @@ which `auto_quantize` ignores and `mtq.quantize` obeys, so a scheme that says th
 of the all-layers form. Configs that differ from another only in the layers they name
 (``NVFP4_MLP_ONLY_CFG``) have an all-layers form equal to the other's: its name is an alias, and
 :func:`resolve_format` answers with the one format, whose ``name`` is the label in every output.
+Pairs of types (``W8A8_FP8_INT8``) are formats too, see :mod:`layersense.quantization.pairs`.
 """
 
 import json
@@ -24,6 +25,7 @@ import msgspec
 
 from layersense.config import OwnFormat
 from layersense.errors import LayersenseError
+from layersense.quantization.pairs import grid, is_pair, parse_pair
 
 NONE = "NONE"
 """The name of "not quantized", which every layer group can take."""
@@ -127,6 +129,12 @@ def resolve_format(name: str, own: Mapping[str, OwnFormat]) -> Format:
     aliases, bases, refused = _aliases(), _bases(), registry().refused
     if name in aliases:
         return formats[aliases[name]]
+    if is_pair(name):
+        pair = parse_pair(name)
+        act = pair.act_attributes
+        return _format(
+            pair.name, (pair.weight_attributes,), (act,) if act else (), {"method": "max"}
+        )
     if name in bases:
         raise LayersenseError(
             f"format `{name}` leaves layers out by name, which ModelOpt's search ignores; "
@@ -135,8 +143,41 @@ def resolve_format(name: str, own: Mapping[str, OwnFormat]) -> Format:
     for config, reason in refused.items():
         if name in (config, all_layers_name(config)):
             raise LayersenseError(f"format `{name}` cannot be measured: {reason}")
-    raise LayersenseError(
-        f"there is no format `{name}`{_nearest(name, [*own, *formats, *aliases])}"
+    words = [*own, *formats, *aliases, *(pair.name for pair in grid())]
+    raise LayersenseError(f"there is no format `{name}`{_nearest(name, words)}")
+
+
+@cache
+def grid_formats() -> Mapping[str, Format]:
+    """Return the pairs of types at their default granularities, by name."""
+    return MappingProxyType({pair.name: resolve_format(pair.name, {}) for pair in grid()})
+
+
+_RUNTIMES = {
+    "FP8_ALL_LAYERS_CFG": ("TensorRT-LLM", "vLLM"),
+    "FP8_PER_CHANNEL_PER_TOKEN_ALL_LAYERS_CFG": ("vLLM",),
+    "FP8_2D_BLOCKWISE_WEIGHT_ONLY_ALL_LAYERS_CFG": ("vLLM",),
+    "NVFP4_ALL_LAYERS_CFG": ("TensorRT-LLM", "vLLM"),
+    "NVFP4_AWQ_LITE_ALL_LAYERS_CFG": ("TensorRT-LLM",),
+    "INT4_AWQ_ALL_LAYERS_CFG": ("TensorRT-LLM",),
+    "W4A8_AWQ_BETA_ALL_LAYERS_CFG": ("TensorRT-LLM",),
+    "INT8_SMOOTHQUANT_ALL_LAYERS_CFG": ("TensorRT-LLM",),
+}
+"""Formats that ModelOpt's exporter writes as they are, and what loads the result, by the runtimes'
+own documentation. The exporter goes by the weight's type alone, so a format of other activations is
+none of these although it can be written."""
+
+
+def runtimes(format: Format) -> tuple[str, ...]:
+    """Return what loads a checkpoint in ``format``; nothing where it can be simulated only.
+
+    A format counts by what it does: ``W8A8_FP8_FP8`` is ``FP8_ALL_LAYERS_CFG``.
+    """
+    settings = format_settings(format)
+    known = known_formats()
+    return next(
+        (found for name, found in _RUNTIMES.items() if format_settings(known[name]) == settings),
+        (),
     )
 
 
@@ -281,7 +322,7 @@ def _nearest(word: str, words: Iterable[str]) -> str:
 def _own_format(name: str, own: OwnFormat) -> Format:
     where = f"formats.{name}"
     taken = {NONE, *known_formats(), *_aliases(), *_bases(), *registry().refused}
-    if name in taken:
+    if name in taken or is_pair(name):
         raise LayersenseError(
             f"{where}: this name belongs to layersense or ModelOpt; call your format otherwise"
         )
