@@ -28,11 +28,18 @@ include: "workflow/rules/reports.smk"
 
 
 rule all:
-    """Everything: tables, reports and the summary of all runs."""
+    """Everything: tables, recipes, reports and the summary of all runs."""
     default_target: True
     input:
         targets("reports"),
         targets("tables"),
+        targets("recipes"),
+
+
+rule recipes:
+    """The recipes as ModelOpt configs, and whatever they need."""
+    input:
+        targets("recipes"),
 
 
 rule reports:

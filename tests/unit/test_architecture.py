@@ -9,7 +9,7 @@ import pytest
 
 ORDER = [
     "errors", "files", "paths", "config", "calibration", "quantization", "models", "scoring",
-    "manifests", "recipes", "reports", "settings", "validation",
+    "manifests", "recipes", "verification", "reports", "settings", "validation",
 ]  # fmt: skip
 """What stands later may import what stands earlier."""
 TOOLS = {"cli", "__main__", "config_docs", "init", "resources"}

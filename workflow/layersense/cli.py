@@ -78,11 +78,7 @@ def score(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
 ) -> None:
     """Measure every layer group under every missing format."""
-    # GPU jobs read what was fetched before them; compute nodes often have no network.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # ModelOpt's bars would fill a log file; our own lines say the same.
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    _quiet()
     from layersense.scoring.job import score_run
     from layersense.settings import write_measured
 
@@ -142,6 +138,14 @@ def tables(
 
 
 @app.command(rich_help_panel=RULES)
+def quant_config(manifest: Manifest, out: Out) -> None:
+    """Write the recipe of one scheme as ModelOpt configs."""
+    from layersense.recipes.quant_config import write_quant_config
+
+    write_quant_config(manifest, out)
+
+
+@app.command(rich_help_panel=RULES)
 def report(
     manifest: Manifest,
     layers: Annotated[Path, typer.Option(help="Table of the scheme.")],
@@ -193,6 +197,25 @@ def init(
 
 
 @app.command(rich_help_panel=PEOPLE)
+def apply(
+    quant_config: Annotated[Path, typer.Argument(help="quant_config.json of a scheme.")],
+    model: Annotated[Path | None, typer.Option(help="Record of the checkpoint.")] = None,
+    database: Annotated[Path | None, typer.Option(help="Calibration database.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to save the model, for ModelOpt's mto.restore.")
+    ] = None,
+) -> None:
+    """Quantize a model by a recipe, and check it module by module.
+
+    Example: layersense apply results/demo.image-text/int8_all_layers/quant_config.json
+    """
+    _quiet()
+    from layersense.verification.apply import apply_recipe
+
+    typer.echo(apply_recipe(quant_config, model, database, out))
+
+
+@app.command(rich_help_panel=PEOPLE)
 def validate(files: Annotated[list[Path], typer.Argument(help="Manifests.")]) -> None:
     """Check manifests; exit with 1 if one has a problem.
 
@@ -227,6 +250,15 @@ def main() -> NoReturn:
             traceback.format_exc(),
         )
     raise SystemExit(0)
+
+
+def _quiet() -> None:
+    """Keep the network and progress bars out of what loads a model."""
+    # GPU jobs read what was fetched before them; compute nodes often have no network.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # ModelOpt's bars would fill a log file; our own lines say the same.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def _fail(sentence: str, details: str = "") -> NoReturn:

@@ -62,6 +62,11 @@ def frontier(run: str, scheme: str) -> str:
     return f"{RESULTS}/{run}/{scheme}/frontier.parquet"
 
 
+def quant_config(run: str, scheme: str) -> str:
+    """Return the recipe of one scheme as ModelOpt configs."""
+    return f"{RESULTS}/{run}/{scheme}/quant_config.json"
+
+
 def report_markdown(run: str, scheme: str) -> str:
     """Return the Markdown report of one scheme."""
     return f"{RESULTS}/{run}/{scheme}/layer-sensitivity-report.md"

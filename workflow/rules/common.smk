@@ -21,6 +21,7 @@ from layersense.files import canonical_json
 from layersense.manifests.schema import SCHEMA_VERSION as MANIFEST_VERSION
 from layersense.manifests.tables import TABLE_VERSION
 from layersense.recipes.frontier import FRONTIER_VERSION
+from layersense.recipes.quant_config import QUANT_CONFIG_VERSION
 from layersense.validation import check_gpus, load_config, read_config_file
 
 CONFIG_FILES = [
@@ -76,6 +77,7 @@ def targets(stage):
             paths.sensitivity(),
             paths.runs(),
         ],
+        "recipes": per_scheme(paths.quant_config),
         "reports": [*per_scheme(paths.report_markdown), paths.summary()],
     }[stage]
 

@@ -124,11 +124,11 @@ def joint_calls(formats: Sequence[Format]) -> list[list[Format]]:
 def _entry(pattern: str, stages: Sequence[Attributes]) -> dict[str, Any]:
     if not stages:
         return {"quantizer_name": pattern, "enable": False}
-    configs = [_modelopt_attributes(stage) for stage in stages]
+    configs = [modelopt_attributes(stage) for stage in stages]
     return {"quantizer_name": pattern, "cfg": configs[0] if len(configs) == 1 else configs}
 
 
-def _modelopt_attributes(stage: Attributes) -> dict[str, Any]:
+def modelopt_attributes(stage: Attributes) -> dict[str, Any]:
     """Return attributes in Python's terms: axes as integers, (E, M) pairs as tuples."""
     attributes = {key: _pythonic(value) for key, value in stage.items()}
     # Nulls are left out of a format, but ModelOpt's configs spell a scale for the whole tensor.

@@ -58,7 +58,7 @@ def score_run(
     """
     partial = out.with_name(f".{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _only_job(out.with_name(f".{out.name}.lock")):
+    with only_job(out.with_name(f".{out.name}.lock")):
         checkpoint = read_checkpoint(model_file)
         with open_database(database_file) as database:
             dataset_digest = database.meta["digest"]
@@ -122,7 +122,7 @@ def _measure(
     device = settings["device"]
     for format in wanted:
         check_device(format, device)
-    with _leased(device):
+    with leased(device):
         start = time.monotonic()
         import torch
 
@@ -235,7 +235,7 @@ def _held(out: Path, partial: Path, digests: Mapping[str, str]) -> Scores | None
 
 
 @contextmanager
-def _only_job(lock_file: Path) -> Iterator[None]:
+def only_job(lock_file: Path) -> Iterator[None]:
     """Let one job at a time work on a run.
 
     After SIGKILL of Snakemake its job's process lives on as an orphan; the successor waits for it
@@ -255,7 +255,7 @@ def _only_job(lock_file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _leased(device: str) -> Iterator[None]:
+def leased(device: str) -> Iterator[None]:
     """Hold a GPU and show it alone to this process; nothing to do on a CPU."""
     if device == "cpu":
         yield

@@ -1,0 +1,1 @@
+"""Recipes on the real model: replayed, and measured against what was predicted (torch)."""

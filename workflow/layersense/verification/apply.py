@@ -1,0 +1,56 @@
+"""`layersense apply`: a recipe on its model, checked module by module."""
+
+import logging
+from pathlib import Path
+
+from layersense.errors import LayersenseError
+from layersense.files import atomic_path
+from layersense.models.checkpoints import read_checkpoint
+from layersense.recipes.quant_config import read_quant_config
+
+logger = logging.getLogger(__name__)
+
+
+def apply_recipe(
+    file: Path, model_file: Path | None, database_file: Path | None, out: Path | None
+) -> str:
+    """Quantize a model by a ``quant_config.json``, check it, and return a sentence about it.
+
+    Args:
+        file: the recipe.
+        model_file: record of the checkpoint; default: where the workflow keeps it.
+        database_file: calibration database; default: the same.
+        out: where to save the quantized model by ModelOpt's `mto.save`; None saves nothing.
+
+    Raises:
+        LayersenseError: an input cannot be read or is another one than the recipe was made for,
+            or the model is not quantized as the recipe says.
+    """
+    config = read_quant_config(file)
+    results = file.resolve().parents[2]
+    model_file = model_file or results / "models" / config.model_name / "model.json"
+    database_file = database_file or results / "calibration" / f"{config.dataset_name}.sqlite"
+    for path, option in ((model_file, "--model"), (database_file, "--database")):
+        if not path.exists():
+            raise LayersenseError(f"{path}: is not there; say where it is with {option}")
+    checkpoint = read_checkpoint(model_file)
+    if checkpoint.digest != config.model_digest:
+        raise LayersenseError(
+            f"{checkpoint.id}: is not the checkpoint that the recipe was made for ({config.model}, "
+            f"SHA-256 {config.model_digest[:12]}…); solve the scheme for this one"
+        )
+    import modelopt.torch.opt as mto
+
+    from layersense.scoring.job import leased
+    from layersense.verification.replay import apply_config, check_applied, load_calibration
+
+    with leased(config.settings["device"]):
+        loaded, calibration = load_calibration(config, checkpoint, database_file)
+        model = apply_config(loaded.model, config, calibration)
+        check_applied(model, config)
+        if out is not None:
+            with atomic_path(out) as temporary:
+                mto.save(model, temporary)
+    parts = ", ".join(f"{len(part.modules)} modules {part.format}" for part in config.parts)
+    saved = f", saved as {out}" if out else ""
+    return f"{config.model}: {parts or 'nothing quantized'}; all as the recipe says{saved}"
