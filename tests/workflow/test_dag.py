@@ -20,7 +20,7 @@ Jobs = dict[str, dict[str, str]]
 EXAMPLES = sorted(
     path.name for path in (Path(__file__).parents[2] / "config" / "examples").glob("*.yaml")
 )
-SCHEME_RULES = ("solve", "layers", "frontier", "quant_config", "report")
+SCHEME_RULES = ("solve", "layers", "frontier", "recipe", "report")
 MEASURING = {"dataset", "model", "score", "scores"}
 
 

@@ -10,7 +10,7 @@ from conftest import Project
 pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
 SUMMARIES = {"summaries", "summary"}
-SCHEME_RULES = ("solve", "layers", "frontier", "quant_config", "report")
+SCHEME_RULES = ("solve", "layers", "frontier", "recipe", "report")
 VLM_SCHEMES = ("fp8", "mixed")
 
 

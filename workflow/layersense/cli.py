@@ -138,7 +138,7 @@ def tables(
 
 
 @app.command(rich_help_panel=RULES)
-def quant_config(manifest: Manifest, out: Out) -> None:
+def recipe(manifest: Manifest, out: Out) -> None:
     """Write the recipe of one scheme as ModelOpt configs."""
     from layersense.recipes.quant_config import write_quant_config
 

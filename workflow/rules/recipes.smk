@@ -43,21 +43,21 @@ rule frontier:
         " > {log:q} 2>&1"
 
 
-rule quant_config:
+rule recipe:
     """The recipe of one scheme as ModelOpt configs, to replay with `mtq.quantize`."""
     input:
         manifest=paths.manifest("{run}", "{scheme}"),
     output:
         paths.quant_config("{run}", "{scheme}"),
     log:
-        paths.log("quant_config", "{run}", "{scheme}"),
+        paths.log("recipe", "{run}", "{scheme}"),
     benchmark:
-        paths.benchmark("quant_config", "{run}", "{scheme}")
+        paths.benchmark("recipe", "{run}", "{scheme}")
     conda:
         environment("report")
     params:
         version=f"quant-config-{QUANT_CONFIG_VERSION}",
     shell:
         PYTHON
-        + " -m layersense quant-config --manifest {input.manifest:q} --out {output:q}"
+        + " -m layersense recipe --manifest {input.manifest:q} --out {output:q}"
         " > {log:q} 2>&1"
