@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from projects import done_study, new_study, study
+
+__all__ = ["done_study", "new_study", "study"]
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    "errors", "files", "paths", "config", "calibration", "quantization", "models", "scoring",
-    "manifests", "recipes", "verification", "reports", "settings", "validation",
+    "errors", "logs", "files", "paths", "config", "calibration", "quantization", "models",
+    "job_resources", "scoring", "manifests", "recipes", "verification", "reports", "settings",
+    "validation",
 ]  # fmt: skip
 """What stands later may import what stands earlier."""
 TOOLS = {"cli", "__main__", "config_docs", "init", "resources"}

@@ -4,8 +4,8 @@ Imports that cost time stand inside the commands, so that a cheap command stays 
 """
 
 import json
-import logging
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from layersense.errors import LayersenseError
+from layersense.logs import Terminated, end_on_sigterm, open_job_log
 
 app = typer.Typer(
     name="layersense",
@@ -232,26 +233,6 @@ def validate(files: Annotated[list[Path], typer.Argument(help="Manifests.")]) ->
     raise typer.Exit(1 if bad else 0)
 
 
-def main() -> NoReturn:
-    """Run the command line; the first line of any failure is one readable sentence."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
-    try:
-        app(standalone_mode=True)
-    except LayersenseError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted")
-    except Exception as error:
-        _fail(
-            f"layersense {' '.join(sys.argv[1:2])}: {type(error).__name__}: {error}; "
-            "this is not an error that layersense knows: please report it with the lines below",
-            traceback.format_exc(),
-        )
-    raise SystemExit(0)
-
-
 def _quiet() -> None:
     """Keep the network and progress bars out of what loads a model."""
     # GPU jobs read what was fetched before them; compute nodes often have no network.
@@ -261,6 +242,36 @@ def _quiet() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
-def _fail(sentence: str, details: str = "") -> NoReturn:
+def main() -> NoReturn:
+    """Run the command line; the first line of any failure is one readable sentence."""
+    log = open_job_log()
+    end_on_sigterm()
+    sentence, details, code = "", "", 1
+    try:
+        log.start()
+        app(standalone_mode=True)
+    except LayersenseError as error:
+        sentence = str(error)
+    except KeyboardInterrupt:
+        sentence = "interrupted"
+    except Terminated:
+        sentence = (
+            "terminated (SIGTERM): the cluster preempted the job or ended it at its time limit, or "
+            "somebody cancelled it; what is complete is kept, run the same command again"
+        )
+        code = 128 + signal.SIGTERM
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            log.end(f"exit code {end.code}")
+            raise
+    except Exception as error:
+        sentence = (
+            f"layersense {' '.join(sys.argv[1:2])}: {type(error).__name__}: {error}; "
+            "this is not an error that layersense knows: please report it with the lines below"
+        )
+        details = traceback.format_exc()
+    log.end(sentence or None)
+    if not sentence:
+        raise SystemExit(0)
     sys.stderr.write(f"error: {sentence}\n{details}")
-    raise SystemExit(1)
+    raise SystemExit(code)

@@ -88,6 +88,22 @@ By hand, it takes:
 
 What is measured belongs to the run (model, data, method, sampling), what is decided belongs to the
 scheme. A format is measured once in each run, however many schemes name it.
+
+## Your own cluster
+
+What a site decides stands in a profile, never in the config or a rule:
+
+1. copy [`profiles/slurm`](../profiles/slurm/config.yaml) to `profiles/my-site`;
+2. uncomment `slurm_partition` and `slurm_account` (`sacctmgr show assoc user=$USER`);
+3. set `gpu=` under `resources` to the GPUs you may hold at once;
+4. if there are several models of GPU, uncomment `score:gpu_model` (`sinfo -o %G`);
+5. keep `slurm-status-command: squeue`, unless `sacct -X` lists your finished jobs;
+6. load modules, and set `HF_HOME` and `TORCH_EXTENSIONS_DIR`, in the shell that starts Snakemake;
+7. put repository, `.venv`, checkpoints and `results/` on a file system that all nodes see, or use
+   `--software-deployment-method conda` for the environments;
+8. `snakemake --profile profiles/my-site -n` shows what would be asked;
+9. `snakemake --profile profiles/my-site`, in `tmux` or as a long job of its own;
+10. what a night can bring, and what to do: [docs/operations.md](../docs/operations.md).
 """
 
 _FORMATS_HEAD = """\

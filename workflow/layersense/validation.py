@@ -219,7 +219,8 @@ class _Checker:
         text = f"{_key_path(path)}: {expected}"
         if found is not None:
             text += f", found {_found(found)}"
-        if isinstance(found, str) and (near := get_close_matches(found, list(words), 1, 0.5)):
+        known = [word for word in words if isinstance(word, str)]  # YAML keys may be numbers
+        if isinstance(found, str) and (near := get_close_matches(found, known, 1, 0.5)):
             text += f"; did you mean `{near[0]}`?"
         if text not in self.problems:
             self.problems.append(text)

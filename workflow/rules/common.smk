@@ -14,7 +14,7 @@ WORKFLOW = Path(os.path.relpath(Path(workflow.current_basedir).parent))
 # The package beside these rules, whether or not it is installed in Snakemake's own environment.
 sys.path.insert(0, str(WORKFLOW.resolve()))
 
-from layersense import paths, settings
+from layersense import job_resources, paths, settings
 from layersense.calibration.database import USER_VERSION as DATABASE_VERSION
 from layersense.errors import LayersenseError
 from layersense.files import canonical_json
@@ -44,6 +44,8 @@ if workflow.deployment_settings.deployment_method:
     PYTHON = f"PYTHONPATH={shlex.quote(str(WORKFLOW.resolve()))} python"
 else:
     PYTHON = shlex.quote(sys.executable)
+# A path's own braces are no wildcards. The log is named too, so that JSON lines go beside it.
+PYTHON = "LAYERSENSE_LOG={log:q} " + PYTHON.replace("{", "{{").replace("}", "}}")
 
 
 def names(mapping):

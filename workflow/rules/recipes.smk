@@ -58,6 +58,5 @@ rule recipe:
     params:
         version=f"quant-config-{QUANT_CONFIG_VERSION}",
     shell:
-        PYTHON
-        + " -m layersense recipe --manifest {input.manifest:q} --out {output:q}"
+        PYTHON + " -m layersense recipe --manifest {input.manifest:q} --out {output:q}"
         " > {log:q} 2>&1"

@@ -48,6 +48,8 @@ rule summary:
         paths.log("summary"),
     benchmark:
         paths.benchmark("summary")
+    # Seconds, over what all jobs wrote: not worth a place in a queue.
+    localrule: True
     conda:
         environment("report")
     params:

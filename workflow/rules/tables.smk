@@ -32,6 +32,8 @@ rule summaries:
         paths.log("summaries"),
     benchmark:
         paths.benchmark("summaries")
+    # Seconds, over what all jobs wrote: not worth a place in a queue.
+    localrule: True
     conda:
         environment("report")
     params:

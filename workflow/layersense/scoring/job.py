@@ -131,7 +131,12 @@ def _measure(
         from layersense.quantization.modelopt_formats import require_kernel, validate_format
         from layersense.scoring.modelopt_engine import Measurement, measure
 
-        logger.info("torch, transformers and ModelOpt imported in %.0f s", time.monotonic() - start)
+        seconds = round(time.monotonic() - start, 3)
+        logger.info(
+            "torch, transformers and ModelOpt imported in %.0f s",
+            seconds,
+            extra={"phase": "import", "phase_seconds": seconds},
+        )
         if threads:
             torch.set_num_threads(threads)
         for format in wanted:
@@ -193,6 +198,7 @@ def _measure(
             for name, entry in entries.items():
                 entry.digest = digests[name]
                 entry.settings = {**settings, "format": formats[name]}
+                _log_phases(name, entry)
             measured = {**(held.formats if held else {}), **entries}
             held = Scores(
                 run=run,
@@ -206,6 +212,23 @@ def _measure(
                 formats={name: measured[name] for name in formats if name in measured},
             )
             yield held
+
+
+def _log_phases(name: str, entry: FormatScores) -> None:
+    """Put what a format took into the structured log, a line for each phase."""
+    for phase, seconds in entry.seconds.items():
+        logger.info(
+            "%s: %s took %.1f s",
+            name,
+            phase,
+            seconds,
+            extra={
+                "phase": phase,
+                "format": name,
+                "phase_seconds": seconds,
+                "phase_memory_mb": entry.peak_memory_bytes // 10**6,
+            },
+        )
 
 
 def _held(out: Path, partial: Path, digests: Mapping[str, str]) -> Scores | None:

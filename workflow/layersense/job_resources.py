@@ -1,0 +1,45 @@
+"""What a job asks of a cluster: memory and time, by the size of its model and the attempt.
+
+A job that asked too little is ended by the cluster and asks for a multiple when it is retried, so
+these are what nearly always suffices, not what never fails. ``set-resources`` of a profile
+overrides them.
+"""
+
+from pathlib import Path
+
+from layersense.errors import LayersenseError
+from layersense.models.checkpoints import read_checkpoint
+
+_MEGABYTE = 1_000_000
+
+
+def model_size_mb(model_file: str | Path) -> int:
+    """Return the size of a checkpoint's weights in 10^6 bytes, from ``model.json``.
+
+    A damaged record counts as nothing: the job that reads it says what is wrong with it.
+
+    Raises:
+        FileNotFoundError: it is not there yet; Snakemake asks again when it is.
+    """
+    if not Path(model_file).exists():
+        raise FileNotFoundError(model_file)
+    try:
+        return read_checkpoint(model_file).size_bytes // _MEGABYTE
+    except LayersenseError:
+        return 0
+
+
+def memory_mb(size_mb: int, device: str, attempt: int = 1) -> int:
+    """Return the host memory to ask for, in MB, for a job that holds one model.
+
+    On a GPU: 12 GB for the libraries and the CUDA context, and the weights twice, which is what
+    loading them takes at worst. On a CPU: 8 GB, and the weights eight times, which is weights,
+    activations and the quantized outputs of a step. Both grow with the attempt.
+    """
+    base, copies = (12_000, 2) if device == "cuda" else (8_000, 8)
+    return (base + copies * size_mb) * attempt
+
+
+def minutes(size_mb: int, attempt: int = 1) -> int:
+    """Return the time to ask for: an hour, and ten minutes for each GB of weights."""
+    return (60 + size_mb // 100) * attempt
