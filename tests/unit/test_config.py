@@ -147,7 +147,8 @@ def test_a_valid_config_is_accepted_with_its_defaults() -> None:
         ("formats", None, "formats: expected a mapping, found nothing"),
         ("frozen", "perhaps", 'frozen: expected true or false, found "perhaps"'),
         ("reprot", {}, "reprot: expected one of the keys `datasets`, `models`, `formats`, "
-         '`schemes`, `runs`, `report` or `frozen`, found "reprot"; did you mean `report`?'),
+         '`schemes`, `runs`, `manifests`, `report` or `frozen`, found "reprot"; did you mean '
+         "`report`?"),
     ],
 )  # fmt: skip
 def test_one_problem_is_one_line(path: str, value: Any, expected: str) -> None:
@@ -416,6 +417,21 @@ def test_data_has_to_hold_what_the_task_needs(task: str, lack: str) -> None:
     data["runs"]["llm.a"]["dataset"] = "texts"
     (problem,) = problems(data)
     assert problem.startswith(f'runs."llm.a".modality: dataset `texts` holds {lack}')
+
+
+def test_manifests_of_others_have_names_of_their_own() -> None:
+    data = valid()
+    data["manifests"] = {"demo.A": {"file": "x.json"}, "models": {"file": "y.json", "modle": "m"}}
+    found = problems(data)
+    assert found[0].startswith("manifests.models.modle: expected one of the keys `file`, `model`")
+    assert found[1:] == [
+        "manifests.models: is the name of a file or folder of the workflow; rename it",
+        'manifests."demo.A": is the name of a run, too; rename one of them',
+    ]
+    data["manifests"] = {"elder": {"file": "no/elder.json"}}
+    load_config(data, "c.yaml", check_files=False)
+    assert any(line.startswith("manifests.elder.file: expected a file") for line in
+               problems(data, check_files=True))  # fmt: skip
 
 
 def test_detectors_have_no_kl_div() -> None:

@@ -1,5 +1,6 @@
 """The staleness table: each edit, then Snakemake for real, then exactly the jobs that ran."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,24 @@ def test_frozen_names_what_is_missing(study: Project) -> None:
 def test_a_single_target_runs_what_it_needs(new_study: Project, tmp_path: Path) -> None:
     study = new_study.copy(tmp_path / "study")
     assert study.run("results/calibration/words.sqlite").jobs == {"dataset/words"}
+
+
+def test_a_manifest_of_others_stands_beside_ours(study: Project) -> None:
+    group = {"formats": ["CUSTOM_0(effective-bits: 8.0)", "NONE(effective-bits: 16.0)"],
+             "scores": [0.5, 0.0], "costs": [8.0, 16.0]}  # fmt: skip
+    manifest = {
+        "scheme": {"name": "theirs_fp8", "quant_formats": ["FP8_ALL_LAYERS_CFG"]},
+        "layer_sensitivity": {"visual.blocks.0.attn.qkv.quant_recipe": group},
+    }
+    (study.root / "elder.json").write_text(json.dumps(manifest))
+    study.edit(lambda config: config.update(manifests={"elder": {"file": "elder.json"}}))
+    assert study.run().jobs == {"imported/elder", *SUMMARIES}
+    summary = (study.results / "summary.md").read_text()
+    assert "theirs_fp8 (imported, g0)" in summary
+    assert "visual.blocks.0.attn.qkv" in summary
+    assert study.run().jobs == set()
+    study.edit(lambda config: config["manifests"]["elder"].update(model="their-model"))
+    assert study.run().jobs == {"imported/elder", *SUMMARIES}
+    assert "## their-model" in (study.results / "summary.md").read_text().replace("\\", "")
+    study.edit(lambda config: config.pop("manifests"))
+    assert study.run().jobs == SUMMARIES

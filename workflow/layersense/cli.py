@@ -132,9 +132,9 @@ def tables(
     runs: Annotated[Path, typer.Option(help="One row for each run and scheme.")],
 ) -> None:
     """Concatenate the tables of all runs and schemes."""
-    from layersense.manifests.tables import write_runs, write_sensitivity
+    from layersense.manifests.tables import table_beside, write_runs, write_sensitivity
 
-    write_sensitivity([manifest.with_name("layers.parquet") for manifest in manifests], sensitivity)
+    write_sensitivity([table_beside(manifest) for manifest in manifests], sensitivity)
     write_runs(manifests, runs)
 
 
@@ -144,6 +144,19 @@ def recipe(manifest: Manifest, out: Out) -> None:
     from layersense.recipes.quant_config import write_quant_config
 
     write_quant_config(manifest, out)
+
+
+@app.command(rich_help_panel=RULES)
+def imported(
+    name: str,
+    settings: Settings,
+    file: Annotated[Path, typer.Option(help="Manifest of another implementation.")],
+    out: Out,
+) -> None:
+    """Write a manifest of another implementation in our own form, and its table beside it."""
+    from layersense.manifests.imports import import_manifest, write_import
+
+    write_import(import_manifest(file, run=name, **settings), out)
 
 
 @app.command(rich_help_panel=RULES)
@@ -195,6 +208,33 @@ def init(
     from layersense.init import write_config
 
     typer.echo(write_config(checkpoint, data, out, device=device))
+
+
+@app.command("import", rich_help_panel=PEOPLE)
+def import_(
+    files: Annotated[list[Path], typer.Argument(help="Manifests, or ModelOpt's states (.pt).")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("imported"),
+    model: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Name of the dataset.")] = None,
+    model_from_file_name: Annotated[
+        bool, typer.Option(help="Name the model like the file, up to its first dot.")
+    ] = False,
+) -> None:
+    """Bring manifests of other implementations into tables like ours.
+
+    In a workflow, name them in the config under `manifests`.
+    Example: layersense import old/*.json --out imported
+    """
+    from layersense.manifests.imports import import_files
+
+    for manifest in import_files(
+        files, out, model=model, dataset=dataset, model_from_file_name=model_from_file_name
+    ):
+        typer.echo(
+            f"{manifest.run}, {manifest.scheme}: {len(manifest.groups)} groups, generation "
+            f"{manifest.generation}, model {manifest.model or 'not named'}"
+        )
+    typer.echo(f"{out}/sensitivity.parquet and {out}/runs.parquet hold them all")
 
 
 @app.command(rich_help_panel=PEOPLE)

@@ -263,6 +263,25 @@ class Run(Section):
     """Where to score."""
 
 
+class ImportedManifest(Section):
+    """A manifest that another implementation wrote, or ModelOpt's saved AutoQuantize state (`.pt`).
+
+    It stands in the tables and the summary beside what is measured here, marked as imported. What
+    it does not say stays empty, unless it is said here.
+    """
+
+    file: str
+    """The manifest."""
+    model: str | None = None
+    """Name of its model, if it names none or another is better."""
+    dataset: str | None = None
+    """Name of its dataset, in the same way."""
+    scheme: str | None = None
+    """Name of its scheme, in the same way; a saved state is called like its file."""
+    model_from_file_name: bool = False
+    """Take the model's name from the file's, up to its first dot."""
+
+
 class Report(Section):
     """How reports look; a change here re-renders reports alone."""
 
@@ -285,6 +304,8 @@ class Config(Section):
     """What to decide."""
     runs: dict[Name, Run] = Field(min_length=1)
     """What to measure."""
+    manifests: dict[Name, ImportedManifest] = {}
+    """Results of other implementations; the name is that of a run in the tables."""
     report: Report = Report()
     """How reports look."""
     # Lax: `--config frozen=true` arrives as text.

@@ -45,6 +45,7 @@ _SECTIONS: dict[str, tuple[tuple[str, type[BaseModel]], ...]] = {
     "formats": (("", models.OwnFormat),),
     "schemes": (("", models.Scheme), ("`cost_table` of a scheme", models.CostTable)),
     "runs": (("", models.Run),),
+    "manifests": (("", models.ImportedManifest),),
     "report": (("", models.Report),),
 }
 
@@ -170,7 +171,7 @@ def readme() -> str:
     """Return the reference of every key, in Markdown."""
     lines = [_HEAD, "## Keys", ""]
     for name, field in Config.model_fields.items():
-        many = name in ("datasets", "models", "formats", "schemes", "runs")
+        many = name in ("datasets", "models", "formats", "schemes", "runs", "manifests")
         lines += [f"### `{name}`" + (": a mapping of names" if many else ""), ""]
         lines += [_sentence(field), ""]
         if many and field.is_required():

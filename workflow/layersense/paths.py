@@ -9,6 +9,7 @@ RESULTS = "results"
 RESERVED_RUNS = frozenset(
     {
         "calibration",
+        "imported",
         "models",
         "logs",
         "benchmarks",
@@ -70,6 +71,16 @@ def quant_config(run: str, scheme: str) -> str:
 def report_markdown(run: str, scheme: str) -> str:
     """Return the Markdown report of one scheme."""
     return f"{RESULTS}/{run}/{scheme}/layer-sensitivity-report.md"
+
+
+def imported(name: str) -> str:
+    """Return a manifest of another implementation, in our own form."""
+    return f"{RESULTS}/imported/{name}.json"
+
+
+def imported_layers(name: str) -> str:
+    """Return the tidy table of an imported manifest."""
+    return f"{RESULTS}/imported/{name}.parquet"
 
 
 def sensitivity() -> str:

@@ -109,6 +109,13 @@ def scheme_settings(config: Config, run: str, scheme: str) -> dict[str, Any]:
     }
 
 
+def import_settings(config: Config, manifest: str) -> dict[str, Any]:
+    """Return what determines an imported manifest, beside the file itself."""
+    settings = config.manifests[manifest].model_dump(mode="json")
+    del settings["file"]
+    return settings
+
+
 def report_settings(config: Config) -> dict[str, Any]:
     """Return what determines how reports look."""
     return config.report.model_dump(mode="json")

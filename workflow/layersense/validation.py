@@ -44,6 +44,7 @@ ENTRIES: dict[str, type[BaseModel]] = {
     "formats": OwnFormat,
     "schemes": models.Scheme,
     "runs": models.Run,
+    "manifests": models.ImportedManifest,
 }
 BUDGETS = ("effective_bits", "size_gb", "cost_table")
 """Keys of a scheme of which it has one."""
@@ -69,7 +70,7 @@ _LACKING: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 """Modality → source of data that cannot have it → what it has, and what to do."""
-SECTIONS = ("datasets", "models", "formats", "schemes", "runs")
+SECTIONS = ("datasets", "models", "formats", "schemes", "runs", "manifests")
 """Sections that map names to entries."""
 
 
@@ -347,11 +348,19 @@ class _Checker:
             self._check_model(name, model)
         for name, run in self.items("runs"):
             self._check_run(name, run)
+        runs = {str(name).lower() for name in self.section("runs")}
+        for name in self.section("manifests"):
+            if isinstance(name, str) and name.lower() in runs:
+                self.add(("manifests", name), "is the name of a run, too; rename one of them")
         if self.check_files:
             self._check_files()
 
     def _check_names(self, section: str) -> None:
-        reserved = {"runs": RESERVED_RUNS, "schemes": RESERVED_SCHEMES}.get(section, frozenset())
+        reserved = {
+            "runs": RESERVED_RUNS,
+            "manifests": RESERVED_RUNS,
+            "schemes": RESERVED_SCHEMES,
+        }.get(section, frozenset())
         first: dict[str, str] = {}
         for name in self.section(section):
             if not isinstance(name, str):
@@ -599,6 +608,8 @@ class _Checker:
                 )
             if name in used["models"] and isinstance(checkpoint, str) and is_directory(checkpoint):
                 self._check_file(("models", name, "checkpoint"), checkpoint, folder=True)
+        for name, manifest in self.items("manifests"):
+            self._check_file(("manifests", name, "file"), manifest.get("file"))
         for name, dataset in self.items("datasets"):
             if name in used["datasets"]:
                 self._check_data(("datasets", name), dataset)

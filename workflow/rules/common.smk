@@ -58,6 +58,7 @@ wildcard_constraints:
     model=names(CONFIG.models),
     run=names(CONFIG.runs),
     scheme=names(CONFIG.schemes),
+    imported=names(CONFIG.manifests),
 
 
 def per_scheme(path):

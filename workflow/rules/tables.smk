@@ -20,11 +20,39 @@ rule layers:
         " > {log:q} 2>&1"
 
 
+rule imported:
+    """A manifest of another implementation, in our own form, and its table."""
+    input:
+        lambda wildcards: CONFIG.manifests[wildcards.imported].file,
+    output:
+        manifest=paths.imported("{imported}"),
+        layers=paths.imported_layers("{imported}"),
+    log:
+        paths.log("imported", "{imported}"),
+    benchmark:
+        paths.benchmark("imported", "{imported}")
+    conda:
+        environment("report")
+    params:
+        settings=slice_of(settings.import_settings, "imported"),
+        version=f"table-{TABLE_VERSION}",
+    shell:
+        PYTHON
+        + " -m layersense imported {wildcards.imported:q} --settings {params.settings:q}"
+        " --file {input:q} --out {output.manifest:q} > {log:q} 2>&1"
+
+
 rule summaries:
     """All layer tables in one, and a table with a row for each run and scheme."""
     input:
-        manifests=per_scheme(paths.manifest),
-        layers=per_scheme(paths.layers),
+        manifests=[
+            *per_scheme(paths.manifest),
+            *map(paths.imported, CONFIG.manifests),
+        ],
+        layers=[
+            *per_scheme(paths.layers),
+            *map(paths.imported_layers, CONFIG.manifests),
+        ],
     output:
         sensitivity=paths.sensitivity(),
         runs=paths.runs(),

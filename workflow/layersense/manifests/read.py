@@ -1,12 +1,16 @@
 """Read manifests, ours and those of older generations, into one normal form; check them."""
 
+import json
+from collections import Counter
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from layersense.errors import LayersenseError
+from layersense.manifests.modelopt_state import SUFFIXES, read_state
 from layersense.manifests.schema import (
     SCHEMA_VERSION,
     SUFFIX,
@@ -17,6 +21,10 @@ from layersense.manifests.schema import (
 from layersense.quantization.formats import NONE
 from layersense.quantization.layers import describe_layer
 from layersense.scoring.scores import NONE_BITS
+
+IMPORT_VERSION = 1
+IMPORT_VERSION_KEY = "import_version"
+"""Marks the normal form on disk."""
 
 CUSTOM = "CUSTOM_"
 """What ModelOpt calls formats that it does not know by name, followed by their number."""
@@ -71,7 +79,8 @@ class NormalManifest(msgspec.Struct, kw_only=True):
     """What every generation of manifests says, and None where it does not say it."""
 
     generation: str
-    """``g0`` to ``g4`` for foreign manifests, ``layersense`` for ours."""
+    """``g0`` to ``g4`` for foreign manifests, ``autoquant`` for ModelOpt's own state,
+    ``layersense`` for ours."""
     run: str
     scheme: str
     model: str | None
@@ -87,6 +96,13 @@ class NormalManifest(msgspec.Struct, kw_only=True):
     groups: list[NormalGroup]
     own: Manifest | None
     """The manifest itself, where it is one of ours."""
+    quant_formats: list[str] | None = None
+    """The scheme's formats, as it names them."""
+    coverage_mode: str | None = None
+    """How much may be quantized, in the manifest's own words: ``full``, ``lm_only``…"""
+    coverage_fraction: float | None = None
+    imported: bool = False
+    """Whether it was brought in from elsewhere, and not measured by this workflow."""
 
 
 def read_manifest(path: str | Path) -> NormalManifest:
@@ -99,8 +115,12 @@ def read_manifest(path: str | Path) -> NormalManifest:
         LayersenseError: it is missing or no manifest of any generation.
     """
     content = _load(path)
+    if IMPORT_VERSION_KEY in content:
+        return _imported(path, content)
     if "schema_version" in content:
         return _own(_decode(path, content))
+    if "candidate_stats" in content:
+        content = _state_as_manifest(Path(path), content)
     problem = next(_foreign_problems(content), None)
     if problem:
         raise LayersenseError(f"{path}: {problem}")
@@ -120,6 +140,11 @@ def validate_manifest(path: str | Path) -> list[str]:
     """Return what is wrong with a manifest, one sentence a problem; empty if it is sound."""
     try:
         content = _load(path)
+        if IMPORT_VERSION_KEY in content:
+            _imported(path, content)
+            return []
+        if "candidate_stats" in content:
+            content = _state_as_manifest(Path(path), content)
         if "schema_version" not in content:
             return [f"{path}: {problem}" for problem in _foreign_problems(content)]
         manifest = _decode(path, content)
@@ -128,20 +153,86 @@ def validate_manifest(path: str | Path) -> list[str]:
     return [f"{path}: {problem}" for problem in _own_problems(manifest)]
 
 
-def _load(path: str | Path) -> dict[str, Any]:
+def encode_imported(manifest: NormalManifest) -> bytes:
+    """Return the normal form as JSON, which :func:`read_manifest` reads back as it was."""
+    body = {IMPORT_VERSION_KEY: IMPORT_VERSION, **msgspec.to_builtins(manifest)}
+    return msgspec.json.format(msgspec.json.encode(body), indent=1) + b"\n"
+
+
+def _imported(path: str | Path, content: dict[str, Any]) -> NormalManifest:
+    version = content[IMPORT_VERSION_KEY]
+    if version != IMPORT_VERSION:
+        raise LayersenseError(
+            f"{path}: {IMPORT_VERSION_KEY} is {version!r}, this layersense reads "
+            f"{IMPORT_VERSION}; import the manifest again"
+        )
     try:
-        content = msgspec.json.decode(Path(path).read_bytes())
+        manifest = msgspec.convert(content, NormalManifest)
+    except msgspec.ValidationError as error:
+        raise LayersenseError(
+            f"{path}: is not what layersense imports ({error}); import the manifest again"
+        ) from error
+    for group in manifest.groups:
+        rows = (group.bits, group.scores, group.costs, group.scores_solver, group.scores_se)
+        if any(len(row) != len(group.formats) for row in (*rows, group.n_batches)):
+            raise LayersenseError(
+                f"{path}: group {group.handle} has lists of several lengths; import it again"
+            )
+    return manifest
+
+
+def _load(path: str | Path) -> dict[str, Any]:
+    if Path(path).suffix in SUFFIXES:
+        return read_state(path)
+    try:
+        text = Path(path).read_bytes().decode()
+        content = json.loads(text, object_pairs_hook=_each_key_once, parse_constant=_no_number)
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except FileNotFoundError as error:
         raise LayersenseError(
             f"{path}: there is no such manifest; run `snakemake {path}` or check the path"
         ) from error
-    except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+    except RecursionError as error:
+        raise LayersenseError(
+            f"{path}: is nested too deeply for a manifest; write the manifest again"
+        ) from error
+    except (OSError, ValueError) as error:
         raise LayersenseError(
             f"{path}: cannot be read as JSON ({error}); write the manifest again"
         ) from error
     if not isinstance(content, dict):
         raise LayersenseError(f"{path}: expected a JSON object, found a {type(content).__name__}")
     return content
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; JSON's readers keep the last of two equal keys, silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number in JSON")
+
+
+def _state_as_manifest(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Return ModelOpt's state with the keys of a manifest; its scheme is called like the file."""
+    best = state["best"] if isinstance(state.get("best"), dict) else {}
+    stats = state["candidate_stats"]
+    chosen = best.get("recipe")
+    return {
+        "scheme": {"name": path.stem, "auto_quantize_method": state.get("method")},
+        "autoquant_state": {
+            "constraints": best.get("constraints") or {},
+            "score": best.get("score"),
+        },
+        "layer_sensitivity": stats,
+        "selected": chosen if isinstance(chosen, dict) else {},
+        "state": True,
+    }
 
 
 def _decode(path: str | Path, content: dict[str, Any]) -> Manifest:
@@ -173,6 +264,9 @@ def _own(manifest: Manifest) -> NormalManifest:
         effective_bits=manifest.autoquant_state.constraints.get("effective_bits"),
         score=manifest.autoquant_state.score,
         formats=manifest.run,
+        quant_formats=list(manifest.scheme.quant_formats),
+        coverage_mode=manifest.scheme.coverage_mode,
+        coverage_fraction=manifest.scheme.coverage_fraction,
         groups=[
             NormalGroup(
                 handle=handle,
@@ -204,14 +298,17 @@ def _foreign(path: Path, content: dict[str, Any]) -> NormalManifest:
     state = content.get("autoquant_state") or {}
     name = scheme["name"]
     stem = path.stem
-    known = [entry for entry in scheme.get("quant_formats") or [] if entry != NONE]
+    custom = _custom(content)
+    selected = content.get("selected") or {}
     groups = []
     for handle, entry in content["layer_sensitivity"].items():
         layer = handle.removesuffix(SUFFIX)
-        place = describe_layer([layer])
+        module_names = entry.get("module_names")
+        place = describe_layer(module_names or [layer])
         count = len(entry["formats"])
-        scores = [None if score is None else float(score) for score in entry["scores"]]
-        formats = [_resolve(label, known) for label in entry["formats"]]
+        scores = [_number(score) for score in entry["scores"]]
+        formats = [_resolve(label, custom) for label in entry["formats"]]
+        chosen = selected.get(handle)
         groups.append(
             NormalGroup(
                 handle=handle,
@@ -228,19 +325,19 @@ def _foreign(path: Path, content: dict[str, Any]) -> NormalManifest:
                 scores_solver=scores,
                 scores_se=[None] * count,
                 n_batches=[None] * count,
-                module_names=None,
+                module_names=module_names,
                 n_weights=None,
                 reached=None,
                 subsystem=place.subsystem,
                 block=place.block,
                 kind=place.kind,
-                selected=None,
+                selected=_resolve(chosen, custom) if isinstance(chosen, str) else None,
             )
         )
     model, dataset = content.get("model"), content.get("dataset")
     constraints = state.get("constraints") or {}
     return NormalManifest(
-        generation=_generation(content),
+        generation="autoquant" if content.get("state") is True else _generation(content),
         run=stem.removesuffix(f".{name}") or stem,
         scheme=name,
         model=_text(model.get("id") if isinstance(model, dict) else model),
@@ -254,13 +351,32 @@ def _foreign(path: Path, content: dict[str, Any]) -> NormalManifest:
         formats={},
         groups=groups,
         own=None,
+        quant_formats=scheme.get("quant_formats"),
+        coverage_mode=_text(scheme.get("coverage_mode")),
+        coverage_fraction=_number(scheme.get("coverage_fraction")),
     )
 
 
-def _resolve(label: str, known: list[str]) -> str:
-    """Return the format's name; ``CUSTOM_0`` by that of the scheme's only format."""
+def _custom(content: dict[str, Any]) -> str | None:
+    """Return what ``CUSTOM_0`` means, where that is certain.
+
+    ModelOpt numbers the formats that it does not know. Where the scheme has one format and no
+    other number occurs, it is that one.
+    """
+    known = [entry for entry in content["scheme"].get("quant_formats") or [] if entry != NONE]
+    numbered = {
+        name
+        for group in content["layer_sensitivity"].values()
+        for name in map(plain_name, group["formats"])
+        if name.startswith(CUSTOM)
+    }
+    return known[0] if len(known) == 1 and numbered == {f"{CUSTOM}0"} else None
+
+
+def _resolve(label: str, custom: str | None) -> str:
+    """Return a format's name; ``CUSTOM_0`` as ``custom``, where that is known."""
     name = plain_name(label)
-    return known[0] if name == f"{CUSTOM}0" and len(known) == 1 else name
+    return custom if custom is not None and name == f"{CUSTOM}0" else name
 
 
 def _bits(label: str) -> float | None:
@@ -288,7 +404,16 @@ def _text(value: Any) -> str | None:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if _is_number(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def _foreign_problems(content: dict[str, Any]) -> Iterator[str]:
@@ -296,14 +421,37 @@ def _foreign_problems(content: dict[str, Any]) -> Iterator[str]:
         if not isinstance(content.get(key), dict):
             yield f"key {key} is missing or no object, so this is no manifest of any generation"
             return
-    if not isinstance(content["scheme"].get("name"), str):
-        yield "scheme.name is missing; expected the scheme's name"
-    if not isinstance(content.get("autoquant_state", {}), dict):
+    yield from _scheme_problems(content["scheme"])
+    state = content.get("autoquant_state")
+    if state is not None and not isinstance(state, dict):
         yield "autoquant_state: expected an object"
+    elif state is not None and not isinstance(state.get("constraints") or {}, dict):
+        yield "autoquant_state.constraints: expected an object"
+    for key, inner in (("model", "id"), ("dataset", "name")):
+        value = content.get(key)
+        value = value.get(inner) if isinstance(value, dict) else value
+        if value is not None and not isinstance(value, str):
+            yield f"{key}: expected text, or an object with the text `{inner}`"
     for handle, group in content["layer_sensitivity"].items():
         problem = _group_problem(group)
         if problem:
             yield f"layer_sensitivity[{handle}]: {problem}"
+        elif not handle.removesuffix(SUFFIX):
+            yield f"layer_sensitivity: a group is called {handle!r}; expected a module's name"
+
+
+def _scheme_problems(scheme: dict[str, Any]) -> Iterator[str]:
+    name = scheme.get("name")
+    if not isinstance(name, str) or not name:
+        yield "scheme.name is missing; expected the scheme's name"
+    formats = scheme.get("quant_formats")
+    if formats is not None and not (
+        isinstance(formats, list) and all(isinstance(entry, str) for entry in formats)
+    ):
+        yield "scheme.quant_formats: expected a list of names"
+    for key in ("auto_quantize_bits", "coverage_fraction"):
+        if scheme.get(key) is not None and not _is_number(scheme[key]):
+            yield f"scheme.{key}: expected a number"
 
 
 def _group_problem(group: Any) -> str | None:
@@ -313,14 +461,20 @@ def _group_problem(group: Any) -> str | None:
     formats, scores, costs = (values or [] for values in lists)
     if not len(formats) == len(scores) == len(costs):
         return "formats, scores and costs differ in length"
-    if not all(isinstance(name, str) for name in formats):
+    if not all(isinstance(name, str) and name for name in formats):
         return "expected strings in formats"
-    known = [*costs, *(score for score in scores if score is not None)]
-    return (
-        None
-        if all(_number(value) is not None for value in known)
-        else ("expected numbers in scores and costs")
-    )
+    if len(set(formats)) < len(formats):
+        return "a format stands twice in formats"
+    if not all(map(_is_number, [*costs, *(score for score in scores if score is not None)])):
+        return "expected numbers in scores and costs"
+    if any(cost < 0 for cost in costs):
+        return "a cost is below zero"
+    names = group.get("module_names")
+    if names is not None and not (
+        isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    ):
+        return "expected names in module_names"
+    return None
 
 
 def _own_problems(manifest: Manifest) -> Iterator[str]:

@@ -15,7 +15,7 @@ from layersense.manifests.about import ABOUT_KEY, describe, versions
 from layersense.manifests.read import NormalGroup, NormalManifest, read_manifest
 from layersense.quantization.formats import NONE
 
-TABLE_VERSION = 2
+TABLE_VERSION = 3
 BYTES_PER_COST = 2
 """ModelOpt's cost is elements × bits / 16, that is, units of two bytes."""
 
@@ -33,6 +33,7 @@ UNITS = {
     "cost": "elements × bits / 16, that is, units of 2 bytes",
     "cost_none": "cost of the unquantized group",
     "score_per_mb_saved": "score for each 10^6 bytes saved against NONE",
+    "imported": "generation of an imported manifest; null for what was measured here",
     "reason": "why the group stays unquantized whatever it costs; null where the solver decided",
 }
 
@@ -52,6 +53,7 @@ LAYERS = pa.schema(
         *((name, pa.float64()) for name in ("cost", "cost_none", "score_per_mb_saved")),
         ("selected", pa.bool_()),
         ("reason", _NAME),
+        ("imported", _NAME),
     ],
     metadata={
         "layersense.table": "layers",
@@ -70,6 +72,8 @@ RUN_UNITS = {
     "predicted_damage_se": "standard error of predicted_damage, from the batches",
     "gap": "share of predicted_damage by which the choice could be improved at most",
     "searched_weights": "elements",
+    "imported": "generation of an imported manifest; null for what was measured here",
+    "coverage_mode": "how much may be quantized, in the manifest's own words",
     "top_share": "share of the most sensitive group in the importance of all, 0 to 1",
     "subsystem_shares": "share of each of `subsystems` in the importance of all, 0 to 1; "
     "null without a score",
@@ -91,6 +95,8 @@ RUNS = pa.schema(
         ("subsystems", pa.list_(pa.string())),
         ("subsystem_shares", pa.list_(pa.float64())),
         ("versions", _NAME),
+        ("imported", _NAME),
+        ("coverage_mode", _NAME),
     ],
     metadata={
         "layersense.table": "runs",
@@ -153,6 +159,7 @@ def layers_table(manifest: NormalManifest) -> pa.Table:
                     else None,
                     "selected": None if group.selected is None else group.selected == name,
                     "reason": group.reason,
+                    "imported": manifest.generation if manifest.imported else None,
                 }
             )
     table = _table(rows, LAYERS)
@@ -176,6 +183,13 @@ def write_layers(manifest: str | Path, out: str | Path) -> None:
     table = layers_table(read_manifest(manifest))
     with atomic_path(out) as temporary, _writer(temporary, table.schema) as writer:
         writer.write_table(table)
+
+
+def table_beside(manifest: str | Path) -> Path:
+    """Return the table of layers that lies beside a manifest, ours or an imported one."""
+    path = Path(manifest)
+    own = path.name == "manifest.json"
+    return path.with_name("layers.parquet") if own else path.with_suffix(".parquet")
 
 
 def write_sensitivity(tables: Sequence[str | Path], out: str | Path) -> None:
@@ -281,7 +295,7 @@ def _run_row(manifest: NormalManifest) -> dict[str, Any]:
         "method": manifest.method,
         "engine": next((run.engine for run in manifest.formats.values()), None),
         "task": manifest.task,
-        "quant_formats": own.scheme.quant_formats if own else None,
+        "quant_formats": manifest.quant_formats,
         "effective_bits_asked": manifest.effective_bits_asked,
         "effective_bits": manifest.effective_bits,
         "bytes_before": bytes_before,
@@ -308,4 +322,6 @@ def _run_row(manifest: NormalManifest) -> dict[str, Any]:
             for value in subsystems.values()
         ],
         "versions": versions(own) if own else None,
+        "imported": manifest.generation if manifest.imported else None,
+        "coverage_mode": manifest.coverage_mode,
     }

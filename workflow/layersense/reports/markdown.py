@@ -138,7 +138,11 @@ def summary_context(
         models.setdefault(row["model"] or "unknown model", []).append(
             {
                 **row,
-                "link": Markdown(f"[{escape(row['scheme'])}]({target})"),
+                "link": Markdown(
+                    f"{escape(row['scheme'])} (imported, {row['imported']})"
+                    if row["imported"]
+                    else f"[{escape(row['scheme'])}]({target})"
+                ),
                 "findings": finding_counts(row["errors"], row["warnings"], row["infos"]),
                 "shares": list(shares),
                 "layers": _most_sensitive(ranked, row["run"], row["scheme"]),
@@ -157,7 +161,7 @@ def score_text(entry: Score) -> str:
 
 def score_unit(modality: str | None) -> str:
     """Return what a score is divided by, in the singular."""
-    return "token" if modality in ("text", "image_text") else "sample"
+    return "token" if modality in ("text", "text_pair", "image_text") else "sample"
 
 
 def trust(severities: Sequence[str]) -> str:
