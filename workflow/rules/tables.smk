@@ -31,6 +31,7 @@ rule imported:
         paths.log("imported", "{imported}"),
     benchmark:
         paths.benchmark("imported", "{imported}")
+    localrule: True
     conda:
         environment("report")
     params:
