@@ -10,6 +10,7 @@ from layersense.quantization.layers import describe_layer
 from layersense.scoring.scores import (
     Batches,
     Dataset,
+    Fit,
     FormatScores,
     Group,
     GroupScore,
@@ -109,6 +110,7 @@ def make_format(
             "host": "laptop",
         },
         seconds={"load": 1.5, "calibrate": 3.25, "score": 9.75},
+        fit=Fit(micro_batch=4, checkpointing=False, formats=1),
         peak_memory_bytes=1_500_000_000,
         back_offs=[],
         warnings=[],

@@ -247,7 +247,16 @@ def test_modules_called_several_times_are_refused_by_the_stock_engine(
     shared: Path, checkpoint: Any, name: str
 ) -> None:
     with pytest.raises(LayersenseError, match="is called several times in one forward"):
-        study(shared, checkpoint(name), "object-detection")
+        study(shared, checkpoint(name), "object-detection", engine="modelopt")
+
+
+@pytest.mark.parametrize("name", ["retinanet", "d_fine"])
+def test_modules_called_several_times_are_scored_by_the_fused_engine(
+    shared: Path, checkpoint: Any, name: str
+) -> None:
+    result = study(shared, checkpoint(name), "object-detection")
+    assert {"backbone", "head"} <= set(result.subsystems)
+    assert all(score > 0 for score in result.subsystems.values())
 
 
 # What a loss misses

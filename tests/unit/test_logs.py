@@ -22,8 +22,8 @@ def probe(how: str) -> None:
     if how == "unknown":
         raise KeyError("x")
     if how == "wait":
-        print("ready", flush=True)
         try:
+            print("ready", flush=True)
             time.sleep(60)
         finally:
             print("cleaned", flush=True)

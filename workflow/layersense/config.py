@@ -12,6 +12,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
 
 Modality = Literal["image_text", "text", "text_pair", "image_boxes", "image_labels", "image_masks"]
 Method = Literal["gradient", "kl_div"]
+Engine = Literal["fused", "modelopt"]
 
 TASK_MODALITIES: dict[str, tuple[Modality, ...]] = {
     "causal-lm": ("text",),
@@ -234,8 +235,9 @@ class Run(Section):
     vision-language model on captions alone (`text`), and for a task of your own."""
     method: Method = "gradient"
     """ModelOpt's sensitivity: `gradient` or `kl_div`."""
-    engine: Literal["modelopt"] = "modelopt"
-    """What measures: `modelopt` is stock `mtq.auto_quantize`."""
+    engine: Engine | None = None
+    """What measures: `fused` scores all formats in one backward pass and is the default for
+    `gradient`; `modelopt` is stock `mtq.auto_quantize`, the reference, and what `kl_div` needs."""
     calibration_samples: int | None = Field(None, ge=1)
     """Rows (captions, images or pairs) that calibrate the quantizers; default all of the
     calibration split."""
@@ -261,6 +263,11 @@ class Run(Section):
     """Weights' type while scoring; `auto` is the checkpoint's."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Where to score."""
+
+    @property
+    def measured_by(self) -> Engine:
+        """The engine, or the method's default."""
+        return self.engine or ("fused" if self.method == "gradient" else "modelopt")
 
 
 class ImportedManifest(Section):

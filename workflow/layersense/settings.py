@@ -12,13 +12,13 @@ from typing import Any
 
 import msgspec
 
-from layersense.config import ROW_MODALITIES, SCORE_SAMPLES, TASK_MODALITIES, Config, Run
+from layersense.config import ROW_MODALITIES, SCORE_SAMPLES, TASK_MODALITIES, Config, Engine, Run
 from layersense.errors import LayersenseError
 from layersense.files import canonical_json, digest_file, digest_json, write_json
 from layersense.models.outside import find_module
 from layersense.quantization.formats import format_settings, resolve_format
 
-ENGINE_VERSIONS = {"modelopt": 1}
+ENGINE_VERSIONS: dict[Engine, int] = {"fused": 1, "modelopt": 1}
 """Raised when an engine's numbers change, which measures everything again that it measured.
 
 Code is no trigger: a comment edited in a scoring module must not cost a GPU hour.
@@ -74,8 +74,8 @@ def score_settings(config: Config, run: str) -> dict[str, Any]:
         "dataset": dataset,
         "modality": modality,
         "method": entry.method,
-        "engine": entry.engine,
-        "engine_version": ENGINE_VERSIONS[entry.engine],
+        "engine": entry.measured_by,
+        "engine_version": ENGINE_VERSIONS[entry.measured_by],
         "dtype": entry.dtype,
         "device": entry.device,
         "sampling": sampling,

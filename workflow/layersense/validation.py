@@ -507,6 +507,10 @@ class _Checker:
                     self.add((*path, "schemes", i), f"names the scheme `{scheme}` twice")
         self._check_samples(path, run)
         self._check_modality(path, run)
+        if run.get("engine") == "fused" and run.get("method") == "kl_div":
+            self.add(
+                (*path, "engine"), "expected `modelopt`, which alone measures `kl_div`", "fused"
+            )
         least, most = run.get("min_pixels"), run.get("max_pixels")
         if least is not None and most is not None and least > most:
             self.add((*path, "min_pixels"), f"expected at most `max_pixels`, {most}", least)

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from layersense.scoring.scores import Batches, Dataset, Model, Reached
+from layersense.scoring.scores import Agreement, Batches, Dataset, Fit, Model, Reached
 
 SCHEMA_VERSION = 1
 SUFFIX = ".quant_recipe"
@@ -156,6 +156,8 @@ class FormatRun(msgspec.Struct, kw_only=True):
     batches: Batches
     seconds: dict[str, float]
     peak_memory_bytes: int
+    fit: Fit
+    agreement: Agreement | None
     back_offs: list[str]
     settings: dict[str, Any]
 

@@ -183,6 +183,8 @@ def build_manifest(
                 batches=entry.batches,
                 seconds=entry.seconds,
                 peak_memory_bytes=entry.peak_memory_bytes,
+                fit=entry.fit,
+                agreement=entry.agreement,
                 back_offs=entry.back_offs,
                 settings=entry.settings,
             )

@@ -129,7 +129,8 @@ def _measure(
         from layersense.models.tasks import get_task
         from layersense.models.tasks.protocol import Sampling
         from layersense.quantization.modelopt_formats import require_kernel, validate_format
-        from layersense.scoring.modelopt_engine import Measurement, measure
+        from layersense.scoring.engines import get_engine
+        from layersense.scoring.measurement import Measurement
 
         seconds = round(time.monotonic() - start, 3)
         logger.info(
@@ -194,6 +195,7 @@ def _measure(
             trust_remote_code=checkpoint.trust_remote_code,
             trained_on_calibration=checkpoint.trained_on_calibration,
         )
+        measure = get_engine(settings["engine"])
         for inventory, entries in measure(measurement, wanted):
             for name, entry in entries.items():
                 entry.digest = digests[name]

@@ -11,11 +11,8 @@ How stock has to be driven so that its scores mean what they say:
 """
 
 import logging
-import math
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,36 +21,26 @@ import torch
 from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import nn
 
-from layersense.calibration.database import Row
 from layersense.errors import LayersenseError
-from layersense.models.checkpoints import Checkpoint
-from layersense.models.tasks.protocol import Batch, Loaded, Sampling, Task
+from layersense.models.tasks.protocol import Batch, Loaded
 from layersense.quantization.formats import Format
-from layersense.quantization.modelopt_formats import joint_calls, kernel_mode, modelopt_config
-from layersense.scoring.environment import describe_environment, peak_memory_bytes
+from layersense.quantization.modelopt_formats import joint_calls, modelopt_config
 from layersense.scoring.inventory import Inventory, take_inventory
+from layersense.scoring.measurement import (
+    BatchStatistics,
+    Measurement,
+    Result,
+    collected_warnings,
+    floating_dtype,
+    format_scores,
+    load,
+    timed,
+)
 from layersense.scoring.progress import Progress
 from layersense.scoring.recorder import Recorder
-from layersense.scoring.scores import Batches, FormatScores, GroupScore
+from layersense.scoring.scores import Fit, FormatScores
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a run measures, apart from its formats."""
-
-    checkpoint: Checkpoint
-    task: Task
-    sampling: Sampling
-    method: str
-    calibration_rows: Sequence[Row]
-    score_rows: Sequence[Row]
-    calibration_batch_size: int
-    score_batch_size: int
-    dtype: str
-    device: torch.device
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -63,17 +50,6 @@ class Call:
     formats: Sequence[Format]
     score_batch_size: int
     back_offs: Sequence[str] = field(default=())
-
-
-@dataclass(frozen=True)
-class BatchStatistics:
-    """What is remembered of a scoring batch once its tensors are gone."""
-
-    n_tokens: int
-    n_samples: int
-    n_positions: int
-    n_padding: int
-    n_truncated: int
 
 
 def measure(
@@ -128,15 +104,11 @@ def _smaller_calls(call: Call, error: Exception) -> list[Call]:
 def _measure_call(
     measurement: Measurement, call: Call
 ) -> tuple[Inventory, dict[str, FormatScores]]:
-    device, task = measurement.device, measurement.task
+    task = measurement.task
     names = [format.name for format in call.formats]
     seconds: dict[str, float] = {}
-    torch.manual_seed(measurement.seed)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-    with _timed(seconds, "load"):
-        loaded = task.load(measurement.checkpoint, dtype=measurement.dtype, device=device)
+    with timed(seconds, "load"):
+        loaded = load(measurement)
         calibration = task.batches(
             loaded,
             measurement.calibration_rows,
@@ -146,7 +118,6 @@ def _measure_call(
         scoring = task.batches(
             loaded, measurement.score_rows, measurement.sampling, call.score_batch_size
         )
-    _disable_dropout(loaded.model)
     _ask_gradients_of_embeddings(loaded.model)
     modules_before = {name: type(module).__name__ for name, module in loaded.model.named_modules()}
     configs = {format.name: modelopt_config(format) for format in call.formats}
@@ -159,7 +130,7 @@ def _measure_call(
         ", ".join(names),
     )
     steps = _Steps(measurement, loaded, calibration, scoring, recipes, seconds)
-    with _collected_warnings() as messages:
+    with collected_warnings() as messages:
         mtq.auto_quantize(
             loaded.model,
             constraints={"effective_bits": 16.0},
@@ -178,44 +149,31 @@ def _measure_call(
     steps.finish()
     recorder = steps.recorder
     inventory = take_inventory(loaded.model, recorder.hparams, modules_before, task)
-    batches = Batches(
-        tokens=[batch.n_tokens for batch in steps.seen],
-        samples=[batch.n_samples for batch in steps.seen],
-        padding_share=round(
-            sum(batch.n_padding for batch in steps.seen)
-            / sum(batch.n_positions for batch in steps.seen),
-            6,
-        ),
-        truncated=sum(batch.n_truncated for batch in steps.seen),
-    )
-    entries = {}
-    for format in call.formats:
-        entries[format.name] = FormatScores(
-            digest="",
-            settings={},
-            effective_bits=format.effective_bits,
-            weight_format=format.weight_format,
-            act_format=format.act_format,
-            kernel=kernel_mode(format, device.type),
-            batches=batches,
-            groups={
-                handle: GroupScore(
-                    reached=recorder.reached(handle),
-                    batch_scores=[
-                        score if math.isfinite(score) else None
-                        for score in recorder.batch_scores[format.name][handle]
-                    ],
-                    cost=float(hparam.get_cost(recipes[format.name])),
-                )
-                for handle, hparam in recorder.hparams.items()
-            },
-            environment=describe_environment(device),
-            seconds={phase: round(duration, 3) for phase, duration in seconds.items()},
-            peak_memory_bytes=peak_memory_bytes(device),
-            back_offs=list(call.back_offs),
-            warnings=[*loaded.warnings, *messages],
+    checkpointing = bool(getattr(loaded.model, "is_gradient_checkpointing", False))
+    return inventory, {
+        format.name: format_scores(
+            measurement,
+            format,
+            Result(
+                batch_scores=recorder.batch_scores[format.name],
+                reached={handle: recorder.reached(handle) for handle in recorder.hparams},
+                costs={
+                    handle: float(hparam.get_cost(recipes[format.name]))
+                    for handle, hparam in recorder.hparams.items()
+                },
+                fit=Fit(
+                    micro_batch=call.score_batch_size,
+                    checkpointing=checkpointing,
+                    formats=len(call.formats),
+                ),
+                back_offs=call.back_offs,
+                warnings=[*loaded.warnings, *messages],
+                seconds=seconds,
+            ),
+            steps.seen,
         )
-    return inventory, entries
+        for format in call.formats
+    }
 
 
 class _Steps:
@@ -232,11 +190,7 @@ class _Steps:
     ) -> None:
         self.measurement = measurement
         self.model = loaded.model
-        self.dtype = next(
-            parameter.dtype
-            for parameter in self.model.parameters()
-            if parameter.is_floating_point()
-        )
+        self.dtype = floating_dtype(self.model)
         self.calibration = calibration
         self.scoring = scoring
         self.recorder = Recorder(recipes, gradient=measurement.method == "gradient")
@@ -300,15 +254,7 @@ class _Steps:
                 device=self.measurement.device,
             )
         batch = self.scoring[index]
-        self.seen.append(
-            BatchStatistics(
-                batch.n_tokens,
-                batch.n_samples,
-                batch.n_positions,
-                batch.n_padding,
-                batch.n_truncated,
-            )
-        )
+        self.seen.append(BatchStatistics.of(batch))
         self._index, self._batch = index, self._to_device(batch)
         return self._batch
 
@@ -320,20 +266,6 @@ class _Steps:
 
     def _to_device(self, batch: Batch) -> Batch:
         return batch.to(self.measurement.device, self.dtype)
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """Zero every dropout and layer-drop probability, in modules and in the configs they read."""
-    holders: list[Any] = list(model.modules())
-    config = getattr(model, "config", None)
-    if config is not None:
-        holders += [config, *(getattr(config, key) for key in getattr(config, "sub_configs", {}))]
-    for holder in holders:
-        for name, value in vars(holder).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(holder, name, 0.0)
-        if isinstance(holder, nn.modules.dropout._DropoutNd):
-            holder.p = 0.0
 
 
 def _ask_gradients_of_embeddings(model: nn.Module) -> None:
@@ -349,25 +281,3 @@ def _ask_gradients_of_embeddings(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(hook)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - start
-
-
-@contextmanager
-def _collected_warnings() -> Iterator[list[str]]:
-    """Collect what ModelOpt warns of, each message once, and keep it off the terminal."""
-    messages: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield messages
-    for warning in caught:
-        message = " ".join(str(warning.message).split())
-        # ModelOpt calls every config that is not its own CUSTOM_n; ours have names.
-        ours = "CUSTOM_" in message
-        if "modelopt" in str(warning.filename) and not ours and message not in messages:
-            messages.append(message)

@@ -10,7 +10,7 @@ import msgspec
 from layersense.errors import LayersenseError
 from layersense.files import atomic_write
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NONE_BITS = 16.0
 """Bits per weight of an unquantized layer, by ModelOpt's definition of cost."""
 
@@ -98,6 +98,26 @@ class Batches(msgspec.Struct, kw_only=True):
     """Samples that were cut to ``max_length``."""
 
 
+class Fit(msgspec.Struct, kw_only=True, frozen=True):
+    """How the scoring fitted into memory; no score depends on it."""
+
+    micro_batch: int
+    """Samples in one forward and backward pass, at most."""
+    checkpointing: bool
+    """Whether activations were computed again in the backward pass instead of kept."""
+    formats: int
+    """Formats scored in one pass."""
+
+
+class Agreement(msgspec.Struct, kw_only=True, frozen=True):
+    """The fused engine's check of itself on the first step."""
+
+    groups: list[str]
+    """Handles of the groups that were also scored as stock scores them."""
+    largest_difference: float
+    """Largest relative difference between the two scores."""
+
+
 class FormatScores(msgspec.Struct, kw_only=True):
     """One format's measurement and all that determined it."""
 
@@ -119,6 +139,9 @@ class FormatScores(msgspec.Struct, kw_only=True):
     seconds: dict[str, float]
     """Wall seconds by phase: ``load``, ``calibrate``, ``score``."""
     peak_memory_bytes: int
+    fit: Fit
+    agreement: Agreement | None = None
+    """None where stock itself has scored."""
     back_offs: list[str]
     """What was reduced to fit into memory, one sentence each."""
     warnings: list[str]

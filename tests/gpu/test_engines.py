@@ -1,0 +1,101 @@
+"""The engines against each other in bfloat16, and a real lack of memory."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+torch = pytest.importorskip("torch")
+from scipy.stats import spearmanr  # noqa: E402
+
+from layersense.calibration.build import build_database  # noqa: E402
+from layersense.calibration.database import open_database  # noqa: E402
+from layersense.config import SampleDataset  # noqa: E402
+from layersense.quantization.formats import known_formats, resolve_format  # noqa: E402
+
+FORMATS = list(known_formats())
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from tiny_models import resolve_folder, save_tiny_qwen2_5_vl
+
+    from layersense.models.tasks import get_task
+    from layersense.models.tasks.protocol import Sampling
+    from layersense.scoring.measurement import Measurement
+
+    folder = tmp_path_factory.mktemp("tiny")
+    dataset = SampleDataset(source="sample", calibration=16, heldout=4)
+    build_database("sample", dataset, folder / "sample.sqlite")
+    with open_database(folder / "sample.sqlite") as database:
+        rows = database.rows("caption", "calibration", limit=16)
+    return Measurement(
+        checkpoint=resolve_folder(save_tiny_qwen2_5_vl(folder / "model"), "image-text-to-text"),
+        task=get_task("image-text-to-text"),
+        sampling=Sampling(max_length=64, modality="image_text"),
+        method="gradient",
+        calibration_rows=rows,
+        score_rows=rows,
+        calibration_batch_size=4,
+        score_batch_size=4,
+        dtype="bfloat16",
+        device=torch.device("cuda"),
+        seed=0,
+    )
+
+
+def totals(measure: Any, what: Any, names: list[str]) -> dict[str, dict[str, float]]:
+    """Return format → group → score."""
+    found = {}
+    for _, entries in measure(what, [resolve_format(name, {}) for name in names]):
+        for name, entry in entries.items():
+            found[name] = {handle: sum(g.batch_scores) for handle, g in entry.groups.items()}
+    return found
+
+
+def difference(ours: dict[str, float], theirs: dict[str, float]) -> float:
+    """Return the median relative difference."""
+    return statistics.median(abs(ours[h] - theirs[h]) / abs(theirs[h]) for h in theirs)
+
+
+def test_every_format_scores_as_stock_does(tiny: Any) -> None:
+    from layersense.scoring import fused, modelopt_engine
+
+    ours = totals(fused.measure, tiny, FORMATS)
+    theirs = totals(modelopt_engine.measure, tiny, FORMATS)
+    bad = []
+    for name in FORMATS:
+        handles = list(theirs[name])
+        rank = spearmanr(
+            [ours[name][h] for h in handles], [theirs[name][h] for h in handles]
+        ).statistic
+        median = difference(ours[name], theirs[name])
+        print(f"{name}: Spearman {rank:.6f}, median relative difference {median:.1e}")
+        if rank < 0.9999 or median > 1e-3 or min(ours[name].values()) <= 0:
+            bad.append(name)
+    assert not bad
+
+
+def test_a_real_lack_of_memory_changes_no_score(tiny: Any) -> None:
+    from layersense.scoring import fused
+
+    names = ["FP8_ALL_LAYERS_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_ALL_LAYERS_CFG"]
+    what = replace(tiny, score_batch_size=16)
+    whole = totals(fused.measure, what, names)
+    needed = torch.cuda.max_memory_reserved()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.7 * needed / total)
+    try:
+        ((_, entries),) = fused.measure(what, [resolve_format(name, {}) for name in names])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for name, entry in entries.items():
+        assert entry.back_offs or entry.fit.checkpointing
+        found = {handle: sum(g.batch_scores) for handle, g in entry.groups.items()}
+        assert difference(found, whole[name]) <= 1e-2  # bfloat16, other shapes of its kernels

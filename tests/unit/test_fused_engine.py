@@ -1,0 +1,484 @@
+"""Engine `fused` against stock, against scores worked out by hand, and its promises one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow  # importing ModelOpt takes 15 s
+
+torch = pytest.importorskip("torch")
+
+from tiny_models import resolve_folder, save_tiny_llama, save_tiny_qwen2_5_vl  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
+from toy_task import Toy, Twice, by_hand, int8, make, make_rows, measurement, totals  # noqa: E402
+
+from layersense.calibration.build import build_database  # noqa: E402
+from layersense.calibration.database import open_database  # noqa: E402
+from layersense.config import OwnFormat, SampleDataset  # noqa: E402
+from layersense.errors import LayersenseError  # noqa: E402
+from layersense.models.tasks import get_task  # noqa: E402
+from layersense.models.tasks.protocol import Sampling  # noqa: E402
+from layersense.quantization.formats import known_formats, resolve_format  # noqa: E402
+from layersense.scoring import fused, modelopt_engine  # noqa: E402
+from layersense.scoring.fused import attention, engine, kernels, taps  # noqa: E402
+from layersense.scoring.measurement import Measurement  # noqa: E402
+from layersense.scoring.scores import FormatScores  # noqa: E402
+
+INT8 = "INT8_ALL_LAYERS_CFG"
+FP8 = "FP8_ALL_LAYERS_CFG"
+INT4 = "INT4_BLOCKWISE_WEIGHT_ONLY_ALL_LAYERS_CFG"
+ON_CPU = [name for name, format in known_formats().items() if not format.needs_cuda]
+OWN = {
+    "INT8_DYNAMIC": OwnFormat(base="INT8_DEFAULT_CFG", input={"type": "dynamic"}),
+    "FP8_TWIN": OwnFormat(base="FP8_DEFAULT_CFG"),
+}
+
+Entries = dict[str, FormatScores]
+
+
+def run(measure: Any, what: Measurement, *names: str) -> Entries:
+    entries: Entries = {}
+    for _, part in measure(what, [resolve_format(name, OWN) for name in names]):
+        entries |= part
+    return entries
+
+
+def run_fused(what: Measurement, *names: str) -> Entries:
+    return run(fused.measure, what, *names)
+
+
+def assert_equal_scores(ours: Entries, theirs: Entries, rel: float = 1e-4) -> None:
+    for name, entry in theirs.items():
+        assert list(ours[name].groups) == list(entry.groups)
+        for handle, group in entry.groups.items():
+            own = ours[name].groups[handle]
+            assert own.reached == group.reached, (name, handle)
+            assert own.cost == group.cost
+            assert own.batch_scores == pytest.approx(group.batch_scores, rel=rel, abs=1e-12)
+
+
+class Conv(nn.Module):
+    """Convolutions of every kind, a norm, and activations that overwrite their input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.line = nn.Conv1d(4, 4, 3)
+        self.last = nn.Linear(4 * 62, 16)
+
+    def forward(self, x: Any) -> Any:
+        hidden = self.relu(self.norm(self.conv(x.view(-1, 2, 4, 4))))
+        hidden = self.line(self.relu(self.up(hidden)).flatten(2))
+        return self.last(hidden.flatten(1))
+
+
+class Overwriting(nn.Module):
+    """Functions that overwrite a layer's output, and its input after use."""
+
+    overwrite = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(32, 32)
+        self.second = nn.Linear(32, 32)
+        self.last = nn.Linear(32, 16)
+
+    def forward(self, x: Any) -> Any:
+        hidden = self.first(x)
+        hidden = hidden.mul_(2) if self.overwrite else hidden * 2
+        second = self.second(hidden)
+        hidden = hidden.add_(1) if self.overwrite else hidden + 1
+        return self.last(hidden + second)
+
+
+class Kept(Overwriting):
+    overwrite = False
+
+
+class Table(nn.Module):
+    """A tower that begins with a parameter: nothing before its first layer needs a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(8, 32))
+        self.first = nn.Linear(32, 32)
+        self.last = nn.Linear(32, 16)
+
+    def forward(self, x: Any) -> Any:
+        weights = torch.softmax(x[:, :8], dim=-1)
+        return self.last(functional.gelu(weights @ self.first(self.queries)))
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(32, 32)
+        self.second = nn.Linear(32, 32)
+        self.second.weight = self.first.weight
+        self.last = nn.Linear(32, 16)
+
+    def forward(self, x: Any) -> Any:
+        return self.last(functional.gelu(self.second(functional.gelu(self.first(x)))))
+
+
+class Normalised(Toy):
+    """A loss that is divided by the size of the batch: it couples the samples."""
+
+    def loss(self, output: Any, batch: Any) -> Any:
+        return super().loss(output, batch) / batch.n_samples
+
+
+# --- agreement ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stock() -> Entries:
+    return run(modelopt_engine.measure, measurement(), *ON_CPU)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Entries:
+    return run_fused(measurement(), *ON_CPU)
+
+
+def test_every_cpu_format_scores_as_stock_does(stock: Entries, reference: Entries) -> None:
+    assert_equal_scores(reference, stock)
+
+
+def test_one_format_alone_scores_as_among_many(reference: Entries) -> None:
+    for name in (INT8, "INT8_SMOOTHQUANT_ALL_LAYERS_CFG", "INT4_AWQ_ALL_LAYERS_CFG"):
+        assert run_fused(measurement(), name)[name].groups == reference[name].groups
+
+
+def test_scores_are_those_worked_out_by_hand(reference: Entries) -> None:
+    for name, expected in by_hand().items():
+        group = reference[INT8].groups[f"{name}.quant_recipe"]
+        assert group.batch_scores == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Conv, Tied])
+def test_convolutions_and_tied_weights_score_as_stock_does(kind: type[nn.Module]) -> None:
+    what = measurement(Toy(kind=kind))
+    theirs = run(modelopt_engine.measure, what, INT8, FP8)
+    assert_equal_scores(run_fused(what, INT8, FP8), theirs)
+
+
+def test_a_module_called_twice_sums_over_its_calls() -> None:
+    entry = run_fused(measurement(Toy(kind=Twice)), INT8)[INT8]
+    model, rows = make(Twice), make_rows()
+    calls: list[tuple[Any, Any]] = []
+    model.layer.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
+    model(torch.stack([row[0] for row in rows]))
+    amax = torch.stack([x.abs().max() for x, _ in calls]).max()
+    weight = int8(model.layer.weight, model.layer.weight.abs().amax(dim=1, keepdim=True))
+    expected = []
+    for start in (0, 4):
+        calls.clear()
+        output = model(torch.stack([row[0] for row in rows[start : start + 4]]))
+        labels = torch.tensor([row[1] for row in rows[start : start + 4]])
+        loss = functional.cross_entropy(output, labels, reduction="sum")
+        gradients = torch.autograd.grad(loss, [y for _, y in calls])
+        expected.append(
+            sum(
+                (gradient * (functional.linear(int8(x, amax), weight, model.layer.bias) - y))
+                .square()
+                .sum()
+                .item()
+                for (x, y), gradient in zip(calls, gradients, strict=True)
+            )
+        )
+    scores = entry.groups["layer.quant_recipe"].batch_scores
+    assert scores == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_tower_without_an_embedding_is_reached() -> None:
+    entry = run_fused(measurement(Toy(kind=Table)), INT8)[INT8]
+    assert entry.groups["first.quant_recipe"].reached == "scored"
+    assert min(entry.groups["first.quant_recipe"].batch_scores) > 0
+
+
+def test_a_model_that_overwrites_tensors_scores_as_one_that_does_not() -> None:
+    ours = run_fused(measurement(Toy(kind=Overwriting)), INT8)
+    assert_equal_scores(ours, run_fused(measurement(Toy(kind=Kept)), INT8), rel=1e-6)
+
+
+def test_reached_tells_silent_zeros_apart(reference: Entries) -> None:
+    groups = reference[FP8].groups
+    assert groups["unused.quant_recipe"].reached == "not_called"
+    assert groups["aside.quant_recipe"].reached == "no_gradient"
+    assert groups["first.quant_recipe"].reached == "scored"
+
+
+def test_two_names_of_one_format_have_one_score() -> None:
+    entries = run_fused(measurement(), "FP8_TWIN", FP8)
+    assert entries["FP8_TWIN"].groups == entries[FP8].groups
+
+
+def test_the_same_seed_gives_the_same_scores(reference: Entries) -> None:
+    again = run_fused(measurement(), *ON_CPU)
+    for name, entry in again.items():
+        assert entry.groups == reference[name].groups
+
+
+# --- real architectures ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["image-text-to-text", "causal-lm"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measurement:
+    folder = tmp_path_factory.mktemp("tiny")
+    dataset = SampleDataset(source="sample", calibration=12, heldout=4)
+    build_database("sample", dataset, folder / "sample.sqlite")
+    with open_database(folder / "sample.sqlite") as database:
+        rows = database.rows("caption", "calibration", limit=12)
+    save: Callable[..., Path] = (
+        save_tiny_llama if request.param == "causal-lm" else save_tiny_qwen2_5_vl
+    )
+    images = request.param == "image-text-to-text"
+    return Measurement(
+        checkpoint=resolve_folder(save(folder / "model"), request.param),
+        task=get_task(request.param),
+        sampling=Sampling(max_length=64, modality="image_text" if images else "text"),
+        method="gradient",
+        calibration_rows=rows,
+        score_rows=rows[:8],
+        calibration_batch_size=4,
+        score_batch_size=4,
+        dtype="float32",
+        device=torch.device("cpu"),
+        seed=0,
+    )
+
+
+@pytest.fixture
+def checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = engine._Engine._first_pass
+
+    def changed(self: Any) -> Any:
+        what = first(self)
+        return replace(what, fit=engine.replace_fit(what.fit, checkpointing=True))
+
+    monkeypatch.setattr(engine._Engine, "_first_pass", changed)
+
+
+def test_real_architectures_score_as_stock_does(
+    tiny: Measurement, request: pytest.FixtureRequest
+) -> None:
+    theirs = run(modelopt_engine.measure, tiny, INT8, FP8, INT4)
+    ours = run_fused(tiny, INT8, FP8, INT4)
+    assert_equal_scores(ours, theirs)
+    agreement = ours[INT8].agreement
+    assert agreement is not None
+    assert len(agreement.groups) == 3
+    assert agreement.largest_difference <= 1e-4
+    request.getfixturevalue("checkpointing")
+    recomputed = run_fused(tiny, INT8, FP8, INT4)
+    assert recomputed[INT8].fit.checkpointing
+    assert_equal_scores(recomputed, theirs)
+
+
+def test_scores_do_not_depend_on_the_scoring_batch(tiny: Measurement) -> None:
+    whole = run_fused(tiny, INT8, FP8)
+    for size in (1, 2):
+        parts = run_fused(replace(tiny, score_batch_size=size), INT8, FP8)
+        for name in (INT8, FP8):
+            assert totals(parts[name]) == pytest.approx(totals(whole[name]), rel=1e-5)
+
+
+def test_windows_in_batches_attend_as_one_by_one() -> None:
+    torch.manual_seed(0)
+    lengths = [4, 7, 4, 4, 2, 7]
+    boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+    query, key, value = (torch.randn(1, 3, sum(lengths), 8) for _ in range(3))
+    function = attention._Windows()
+    for _ in range(2):  # the second call has its plan already
+        result, _ = function(nn.Identity(), query, key, value, None, cu_seq_lens_q=boundaries)
+    parts = [
+        functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        for q, k, v in zip(
+            *(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True
+        )
+    ]
+    assert torch.allclose(result, torch.cat(parts, dim=1), atol=1e-6)
+
+
+# --- work that is not done twice ---------------------------------------------------------------
+
+
+def test_formats_share_one_calibration_pass_and_one_backward_pass() -> None:
+    task = Toy()
+    run_fused(measurement(task), INT8, FP8, INT4, "INT8_SMOOTHQUANT_ALL_LAYERS_CFG")
+    calibration, scoring = 3, 2
+    assert task.calls == calibration + scoring
+
+
+def test_weight_only_formats_need_no_calibration_pass() -> None:
+    task = Toy()
+    run_fused(measurement(task), INT4, "INT8_WEIGHT_ONLY_ALL_LAYERS_CFG")
+    assert task.calls == 2
+
+
+def test_awq_runs_its_own_passes_on_a_quarter_of_the_batches() -> None:
+    task = Toy()
+    rows = make_rows(16)
+    what = measurement(task, calibration_rows=rows, calibration_batch_size=2)
+    run_fused(what, "INT4_AWQ_ALL_LAYERS_CFG")
+    passes, quarter, scoring = 2, 8 // 4, 2
+    assert task.calls == passes * quarter + scoring
+
+
+def test_equal_weights_and_inputs_are_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"weight": 0, "input": 0}
+    init = taps._LinearSite.__init__
+
+    def counted(part: str, quantizer: Any) -> Any:
+        def call(tensor: Any) -> Any:
+            counts[part] += 1
+            return quantizer(tensor)
+
+        return call
+
+    def changed(self: Any, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.quantizers = {
+            recipe: (counted("input", x), counted("weight", w))
+            for recipe, (x, w) in self.quantizers.items()
+        }
+
+    monkeypatch.setattr(taps._LinearSite, "__init__", changed)
+    what = measurement(Toy(kind=Tied))
+    run_fused(what, INT8, "INT8_WEIGHT_ONLY_ALL_LAYERS_CFG", INT4)
+    layers, batches = 3, 2
+    assert counts["weight"] == 2 * layers * batches  # INT8 and INT8 weight-only are one weight
+    assert counts["input"] == layers * batches  # of INT8 alone
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def out_of_memory_at(monkeypatch: pytest.MonkeyPatch, points: set[int]) -> list[int]:
+    """Let the allocations of the listed scorings, counted from 1, fail; return the counter."""
+    counter = [0]
+    original = kernels.scores
+
+    def scores(*arguments: Any) -> Any:
+        counter[0] += 1
+        if counter[0] in points:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+        return original(*arguments)
+
+    monkeypatch.setattr(kernels, "scores", scores)
+    return counter
+
+
+SITES, BATCHES = 3, 2
+
+
+@pytest.mark.parametrize("point", range(1, SITES * BATCHES + 1))
+def test_out_of_memory_anywhere_changes_no_score(
+    reference: Entries, point: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = out_of_memory_at(monkeypatch, {point})
+    entries = run_fused(measurement(), INT8, FP8)
+    for name, entry in entries.items():
+        assert entry.back_offs == ["scoring batch of 4 samples split into 2 at a time"]
+        assert entry.fit.micro_batch == 2
+        # The toy's sharp softmax loses digits; real architectures are held to 1e-5 above.
+        assert totals(entry) == pytest.approx(totals(reference[name]), rel=1e-4)
+    # Nothing complete is scored again: what failed, and two halves from there on.
+    batch, failed = divmod(point - 1, SITES)
+    assert counter[0] == batch * SITES + (failed + 1) + 2 * SITES * (BATCHES - batch)
+
+
+def test_out_of_memory_at_one_sample_splits_the_formats(
+    reference: Entries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out_of_memory_at(monkeypatch, {1})
+    entries = run_fused(measurement(score_batch_size=1), INT8, FP8)
+    for name, entry in entries.items():
+        assert entry.back_offs == ["2 formats scored in two passes instead of one"]
+        assert entry.fit.formats == 1
+        assert totals(entry) == pytest.approx(totals(reference[name]), rel=1e-5)
+
+
+def test_out_of_memory_turns_checkpointing_on(
+    tiny: Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_fused(tiny, INT8)
+    out_of_memory_at(monkeypatch, {5})
+    entry = run_fused(replace(tiny, score_batch_size=1), INT8)[INT8]
+    assert entry.fit.checkpointing
+    assert entry.back_offs == [
+        "activations recomputed in the backward pass (gradient checkpointing)"
+    ]
+    assert totals(entry) == pytest.approx(totals(whole[INT8]), rel=1e-5)
+
+
+def test_out_of_memory_with_nothing_to_reduce_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out_of_memory_at(monkeypatch, {1})
+    with pytest.raises(LayersenseError, match=r"1 sample\(s\) of 1 positions .*2.50 GiB more"):
+        run_fused(measurement(score_batch_size=1), INT8)
+
+
+def test_a_range_taken_from_the_batch_is_never_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("INT8_DYNAMIC", FP8)
+    whole = run_fused(measurement(), *names)
+    out_of_memory_at(monkeypatch, {1})
+    entries = run_fused(measurement(), *names)
+    assert entries[FP8].fit.micro_batch == 2
+    assert entries["INT8_DYNAMIC"].fit.micro_batch == 4
+    for name in names:
+        assert totals(entries[name]) == pytest.approx(totals(whole[name]), rel=1e-5)
+    out_of_memory_at(monkeypatch, {1})
+    with pytest.raises(LayersenseError, match="4 sample"):
+        run_fused(measurement(), "INT8_DYNAMIC")
+
+
+@pytest.mark.parametrize("task", [Normalised(), Toy(kind=Table)])
+def test_a_batch_whose_samples_are_coupled_is_never_split(
+    task: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out_of_memory_at(monkeypatch, {1})
+    entries = run_fused(measurement(task), INT8, FP8)
+    for entry in entries.values():
+        assert entry.fit.micro_batch == 4
+        assert entry.fit.formats == 1
+
+
+# --- the check of itself -----------------------------------------------------------------------
+
+
+def test_a_disagreement_with_stock_stops_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = kernels.scores
+    monkeypatch.setattr(kernels, "scores", lambda *arguments: original(*arguments) * 1.01)
+    with pytest.raises(LayersenseError, match="ModelOpt's own forward gives"):
+        run_fused(measurement(), INT8)
+
+
+def test_the_kernel_clamps_and_keeps_what_is_not_finite() -> None:
+    gradient = torch.tensor([2.0, -3e10, 1.0, 0.5])
+    output = torch.tensor([1.0, 1.0, 2.0, 4.0])
+    perturbed = torch.stack([output + 1, output, output + torch.tensor([0, 0, torch.nan, 0])])
+    found = kernels.scores(gradient, perturbed, output)
+    assert found[0].item() == pytest.approx(4 + 1e20 + 1 + 0.25)
+    assert found[1].item() == 0
+    assert torch.isnan(found[2])
+
+
+def test_an_activation_that_is_not_finite_names_the_layer() -> None:
+    rows = make_rows()
+    rows[1] = (rows[1][0] * float("nan"), rows[1][1])
+    with pytest.raises(LayersenseError, match="first: its input is not finite"):
+        run_fused(measurement(calibration_rows=rows), INT8)

@@ -1,0 +1,482 @@
+"""The fused engine: load, calibrate once, score every format from one backward pass."""
+
+import gc
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from modelopt.torch.quantization.algorithms import QuantRecipe
+from torch import Tensor, nn
+
+from layersense.errors import LayersenseError
+from layersense.models.tasks.protocol import Batch, Loaded
+from layersense.quantization.formats import Format
+from layersense.scoring.fused.attention import batch_windows
+from layersense.scoring.fused.fit import (
+    FULL,
+    HELD_FACTOR,
+    Pass,
+    can_checkpoint,
+    couples_samples,
+    missing_memory,
+    replace_fit,
+    smaller,
+)
+from layersense.scoring.fused.quantizers import Quantizers
+from layersense.scoring.fused.taps import Taps
+from layersense.scoring.inventory import Inventory, take_inventory
+from layersense.scoring.measurement import (
+    BatchStatistics,
+    Measurement,
+    Result,
+    collected_warnings,
+    floating_dtype,
+    format_scores,
+    load,
+    timed,
+)
+from layersense.scoring.progress import Progress
+from layersense.scoring.scores import Agreement, Fit, FormatScores
+
+logger = logging.getLogger(__name__)
+
+CHECKED_GROUPS = 3
+"""Groups that the first step also scores as stock does."""
+TOLERANCE = 1e-3
+"""Largest relative difference between the two that is put down to rounding."""
+TIMED_BATCH = 2
+"""The batch (from 0) on which the formats' seconds are taken, once everything is warm."""
+
+
+def measure(
+    measurement: Measurement, formats: Sequence[Format]
+) -> Iterator[tuple[Inventory, dict[str, FormatScores]]]:
+    """Score every layer group under all ``formats`` in one pass over the data.
+
+    The yielded entries lack ``digest`` and ``settings``, which the caller knows. When memory runs
+    out the batch is split, then activations are recomputed, then fewer formats are scored at a
+    time, from the sample where it stood; no score depends on it.
+
+    Raises:
+        LayersenseError: one sample and one format do not fit into memory, an activation is not
+            finite, or the check against stock fails.
+    """
+    yield _Engine(measurement, formats).run()
+
+
+@dataclass
+class _Scored:
+    """What was scored so far."""
+
+    batches: list[Tensor] = field(default_factory=list)
+    """Scores of each batch, (groups, formats)."""
+    seen: list[BatchStatistics] = field(default_factory=list)
+
+
+class _Engine:
+    def __init__(self, measurement: Measurement, formats: Sequence[Format]) -> None:
+        self.measurement, self.formats = measurement, formats
+        self.task, self.device = measurement.task, measurement.device
+        self.seconds: dict[str, float] = {}
+        self.agreement: Agreement | None = None
+        self._micro: dict[int, _Aligned] = {}
+        self._splittable: bool | None = None
+
+    def prepare(self) -> None:
+        """Load the model and calibrate its quantizers: all that comes before the first step."""
+        what = self.measurement
+        with timed(self.seconds, "load"):
+            self.loaded: Loaded = load(what)
+            self.model: nn.Module = self.loaded.model
+            self.dtype = floating_dtype(self.model)
+            self.model.requires_grad_(False)
+            batch_windows(self.model)
+            calibration = self.task.batches(
+                self.loaded, what.calibration_rows, what.sampling, what.calibration_batch_size
+            )
+            self.scoring = self._batches(what.score_batch_size)
+        self.types = {name: type(module).__name__ for name, module in self.model.named_modules()}
+        with timed(self.seconds, "insert quantizers"):
+            self.quantizers = Quantizers(self.model, self.formats)
+        self._log_start(len(calibration), len(self.scoring.batches))
+        self._calibrate(calibration)
+        self.taps = Taps(self.quantizers)
+
+    def run(self) -> tuple[Inventory, dict[str, FormatScores]]:
+        """Measure everything."""
+        with collected_warnings() as self.messages:
+            self.prepare()
+            scored = self._score(self.scoring)
+        inventory = take_inventory(self.model, self.quantizers.groups, self.types, self.task)
+        self._log_seconds()
+        return inventory, {
+            format.name: format_scores(
+                self.measurement, format, self._result(format, scored), scored.seen
+            )
+            for format in self.formats
+        }
+
+    # --- calibration ---------------------------------------------------------------------------
+
+    def _calibrate(self, batches: Sequence[Batch]) -> None:
+        def forward(count: int) -> None:
+            progress = Progress("calibrate", total=count, unit="batch", device=self.device)
+            for batch in self._prefetched(batches[:count]):
+                self.task.forward(self.model, batch)
+                progress.step()
+            progress.close()
+
+        try:
+            self.seconds |= self.quantizers.calibrate(forward, len(batches))
+        except torch.OutOfMemoryError as error:
+            raise LayersenseError(
+                f"a calibration batch of {self.measurement.calibration_batch_size} samples does "
+                f"not fit into memory ({missing_memory(str(error))} needed); reduce "
+                "`calibration_batch_size`, `max_length` or `max_pixels` of the run, or use a "
+                "larger GPU"
+            ) from error
+
+    # --- scoring -------------------------------------------------------------------------------
+
+    def _score(self, scoring: "_Aligned") -> _Scored:
+        scored = _Scored()
+        self.passes = [self._first_pass()]
+        progress = Progress(
+            f"score {len(self.formats)} format(s)",
+            total=len(scoring.batches),
+            unit="batch",
+            device=self.device,
+        )
+        with timed(self.seconds, "score"), self.taps.attached():
+            for index, batch in enumerate(self._prefetched(scoring.batches)):
+                scored.seen.append(BatchStatistics.of(batch))
+                self.taps.stopwatch = {} if index == TIMED_BATCH else None
+                scored.batches.append(self._score_batch(scoring.start(index), batch))
+                if self.taps.stopwatch:
+                    self.seconds |= {
+                        f"ΔY {name}, one batch": duration
+                        for name, duration in self.taps.stopwatch.items()
+                    }
+                progress.step()
+        progress.close()
+        return scored
+
+    def _score_batch(self, start: int, batch: Batch) -> Tensor:
+        """Return one batch's scores, (groups, formats), whatever memory makes of the passes."""
+        total = torch.zeros(len(self.taps.handles), len(self.taps.recipes), dtype=torch.float64)
+        todo = [(what, 0) for what in self.passes]
+        self.passes = []
+        while todo:
+            what, done = todo.pop(0)
+            while done < batch.n_samples:
+                whole = done == 0 and what.fit.micro_batch >= batch.n_samples
+                micro = batch if whole else self._micro_batch(what.fit.micro_batch, start + done)
+                failure = self._step(what, micro, total)
+                if failure is None:
+                    done += micro.n_samples
+                    continue
+                todo = [(part, done) for part in self._smaller(what, micro, failure)] + todo
+                break
+            else:
+                self.passes.append(what)
+        return total
+
+    def _step(self, what: Pass, batch: Batch, total: Tensor) -> str | None:
+        """Add one forward and backward pass to ``total``; return the message if memory ran out."""
+        self.taps.active = what.recipes
+        first = self.agreement is None
+        loss = torch.zeros(())
+        try:
+            with self._checkpointing(what.fit.checkpointing), torch.enable_grad():
+                with self._timed("forward"):
+                    loss = self.task.loss(self.task.forward(self.model, batch), batch)
+                if first:
+                    self.taps.checked = {handle: {} for handle in self._to_check()}
+                if loss.requires_grad:
+                    with self._timed("backward"):
+                        loss.backward()  # type: ignore[no-untyped-call]
+            scores = self.taps.take()
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            message = str(error)
+            self.taps.checked = {}
+            if _overwrites(message) and not self.taps.copies:
+                logger.info("the model overwrites tensors in place; inputs and outputs are copied")
+                self.taps.copies = True
+            elif not _out_of_memory(error):
+                raise
+        else:
+            if first:
+                self.agreement = self._compare(scores, what.recipes)
+            total += scores
+            return None
+        # Outside of the handler, whose traceback keeps the graph alive.
+        del loss
+        self.taps.take()
+        if _overwrites(message):
+            return self._step(what, batch, total)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return message
+
+    def _smaller(self, what: Pass, batch: Batch, failure: str) -> list[Pass]:
+        parts = smaller(
+            what,
+            coupled=self._coupled(),
+            splittable=what.fit.micro_batch > 1 and self._is_splittable(batch),
+            checkpointable=can_checkpoint(self.model),
+        )
+        if not parts:
+            positions = batch.n_positions
+            raise LayersenseError(
+                f"format {self.quantizers.formats[what.recipes[0]].name}: {batch.n_samples} "
+                f"sample(s) of {positions // batch.n_samples} positions do not fit into memory "
+                f"({missing_memory(failure)} needed); reduce `max_length` or `max_pixels` of the "
+                "run, or use a larger GPU"
+            )
+        for part in parts:
+            logger.warning("out of memory: %s", part.back_offs[-1])
+        return parts
+
+    def _first_pass(self) -> Pass:
+        fit = Fit(
+            micro_batch=self.measurement.score_batch_size,
+            checkpointing=False,
+            formats=len(self.taps.recipes),
+        )
+        if self.device.type == "cuda" and can_checkpoint(self.model):
+            need, free = self._expected_bytes()
+            logger.info(
+                "expected peak %.1f GiB without gradient checkpointing, %.1f GiB are free",
+                need / 2**30,
+                free / 2**30,
+            )
+            if need > FULL * free:
+                logger.info("activations are recomputed from the start")
+                fit = replace_fit(fit, checkpointing=True)
+        return Pass(tuple(self.taps.recipes), fit)
+
+    def _expected_bytes(self) -> tuple[float, float]:
+        """Return bytes that a pass without checkpointing is expected to need, and those there."""
+        batch = self._micro_batch(self.measurement.score_batch_size, 0)
+        self.taps.held_bytes = 0
+        with torch.no_grad(), self.taps.attached():
+            output = self.task.forward(self.model, batch)
+        held, self.taps.held_bytes = self.taps.held_bytes, None
+        del output
+        free, _ = torch.cuda.mem_get_info(self.device)
+        allocated = torch.cuda.memory_allocated(self.device)
+        usable = free + torch.cuda.memory_reserved(self.device)
+        torch.cuda.empty_cache()
+        return allocated + HELD_FACTOR * held, usable
+
+    def _coupled(self) -> list[QuantRecipe]:
+        return [r for r, format in self.quantizers.formats.items() if couples_samples(format)]
+
+    def _is_splittable(self, batch: Batch) -> bool:
+        """Return whether a batch may be split: its loss is the sum of its samples' losses.
+
+        A loss that couples samples (an auxiliary loss of a mixture of experts, a normalisation by
+        the batch) differs, and an output without the samples in it (a table of position biases)
+        has the same size for one sample as for two.
+        """
+        if self._splittable is None:
+            one, two = self._sizes_and_loss(0, 1), self._sizes_and_loss(1, 1)
+            both = self._sizes_and_loss(0, 2)
+            fixed = [name for name, size in both[0].items() if size == one[0].get(name)]
+            difference = abs(one[1] + two[1] - both[1])
+            slack = 1e-4 if self.dtype == torch.float32 else 2e-2
+            self._splittable = not fixed and difference <= slack * abs(both[1])
+            if not self._splittable:
+                logger.warning(
+                    "the batch is not split, because %s",
+                    f"the output of {fixed[0]} has no samples in it"
+                    if fixed
+                    else "its loss is not the sum of its samples' losses",
+                )
+        return self._splittable
+
+    def _sizes_and_loss(self, start: int, count: int) -> tuple[dict[str, int], float]:
+        batch = self._micro_batch(count, start)
+        sizes: dict[str, int] = {}
+        names = {module: name for name, module in self.model.named_modules()}
+        handles = [
+            site.module.register_forward_hook(
+                lambda module, _, output: sizes.__setitem__(
+                    names[module], (output[0] if isinstance(output, tuple) else output).numel()
+                )
+            )
+            for site in self.taps.sites
+        ]
+        try:
+            with torch.no_grad():
+                loss = self.task.loss(self.task.forward(self.model, batch), batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return sizes, float(loss)
+
+    # --- the check against stock ---------------------------------------------------------------
+
+    def _to_check(self) -> list[str]:
+        """Return some groups of the forward pass, evenly spread over the model."""
+        called = [handle for handle in self.taps.handles if handle in self.taps.called]
+        count = min(CHECKED_GROUPS, len(called))
+        return [called[(2 * index + 1) * len(called) // (2 * count)] for index in range(count)]
+
+    def _compare(self, scores: Tensor, recipes: Sequence[QuantRecipe]) -> Agreement:
+        largest, groups = 0.0, []
+        for handle, found in self.taps.checked.items():
+            if not found:
+                continue
+            groups.append(handle)
+            row = scores[self.taps.handles.index(handle)]
+            for recipe in recipes:
+                ours = float(row[self.taps.column[recipe]])
+                stock = sum(score.double().item() for score in found[recipe])
+                if ours == stock or (math.isnan(ours) and math.isnan(stock)):
+                    continue
+                difference = abs(ours - stock) / max(abs(ours), abs(stock))
+                largest = max(largest, difference)
+                if not difference <= TOLERANCE:
+                    raise LayersenseError(
+                        f"{handle.removesuffix('.quant_recipe')}, format "
+                        f"{self.quantizers.formats[recipe].name}: the fused engine scores {ours:g} "
+                        f"where ModelOpt's own forward gives {stock:g}; set `engine: modelopt` of "
+                        "the run, and report this model"
+                    )
+        self.taps.checked = {}
+        return Agreement(groups=groups, largest_difference=float(f"{largest:.2g}"))
+
+    # --- batches -------------------------------------------------------------------------------
+
+    def _batches(self, size: int) -> "_Aligned":
+        if size not in self._micro:
+            what = self.measurement
+            self._micro[size] = _Aligned(
+                self.task.batches(self.loaded, what.score_rows, what.sampling, size)
+            )
+        return self._micro[size]
+
+    def _micro_batch(self, size: int, start: int) -> Batch:
+        return self._batches(size).at(start).to(self.device, self.dtype)
+
+    def _prefetched(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        """Yield batches on the device; the next one is put together while one is in use."""
+        with ThreadPoolExecutor(max_workers=1) as worker:
+            ahead = worker.submit(batches.__getitem__, 0) if len(batches) else None
+            for index in range(len(batches)):
+                assert ahead is not None
+                batch = ahead.result()
+                if index + 1 < len(batches):
+                    ahead = worker.submit(batches.__getitem__, index + 1)
+                yield batch.to(self.device, self.dtype)
+
+    @contextmanager
+    def _checkpointing(self, on: bool) -> Iterator[None]:
+        """Let the model recompute activations; Hugging Face models do so in train mode only."""
+        if not on:
+            yield
+            return
+        model = self.model
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+            model.gradient_checkpointing_disable()  # type: ignore[operator]
+
+    # --- results -------------------------------------------------------------------------------
+
+    def _result(self, format: Format, scored: _Scored) -> Result:
+        recipe = self.quantizers.recipes[format.name]
+        column = self.taps.column[recipe]
+        table = torch.stack(scored.batches)[:, :, column].T.tolist()
+        what = next(part for part in self.passes if recipe in part.recipes)
+        own = f"calibrate {format.name}"
+        return Result(
+            batch_scores=dict(zip(self.taps.handles, table, strict=True)),
+            reached={handle: self.taps.reached(handle) for handle in self.taps.handles},
+            costs={
+                handle: float(hparam.get_cost(recipe))
+                for handle, hparam in self.quantizers.groups.items()
+            },
+            fit=what.fit,
+            agreement=self.agreement,
+            back_offs=what.back_offs,
+            warnings=[*self.loaded.warnings, *self.messages],
+            seconds={
+                phase: duration
+                for phase, duration in self.seconds.items()
+                if not phase.startswith("calibrate ") or phase == own
+            },
+        )
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Time a phase of a step; on a GPU the two phases of a step overlap with its launches."""
+        with timed(self.seconds, phase):
+            yield
+
+    def _log_start(self, n_calibration: int, n_scoring: int) -> None:
+        groups = self.quantizers.groups.values()
+        modules = sum(len(hparam.quant_modules) for hparam in groups)
+        logger.info(
+            "%d layer groups of %d modules, %d formats (%d quantizers): %s",
+            len(groups),
+            modules,
+            len(self.formats),
+            2 * modules * len(self.quantizers.formats),
+            ", ".join(format.name for format in self.formats),
+        )
+        logger.info("%d calibration and %d scoring batches", n_calibration, n_scoring)
+
+    def _log_seconds(self) -> None:
+        logger.info(
+            "where the time went: %s",
+            ", ".join(f"{phase} {duration:.2f} s" for phase, duration in self.seconds.items()),
+        )
+
+
+class _Aligned:
+    """Batches that are found by their first sample.
+
+    Batches of a divisor of a size begin where those of the size begin, because both cut the same
+    samples in the same order.
+    """
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+        self._starts = [0]
+
+    def start(self, index: int) -> int:
+        """Return the first sample of a batch."""
+        while len(self._starts) <= index:
+            self._starts.append(self._starts[-1] + self.batches[len(self._starts) - 1].n_samples)
+        return self._starts[index]
+
+    def at(self, sample: int) -> Batch:
+        """Return the batch that begins with a sample."""
+        index = 0
+        while self.start(index) < sample:
+            index += 1
+        assert self.start(index) == sample
+        return self.batches[index]
+
+
+def _overwrites(message: str) -> bool:
+    return "inplace operation" in message or "modified inplace" in message
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
