@@ -5,7 +5,8 @@ import pytest
 import score_files as sf
 
 from layersense import config
-from layersense.manifests.findings import DETECTORS, Evidence, find, ranking_stability
+from layersense.manifests.findings import DETECTORS, Evidence, find
+from layersense.manifests.stability import ranking_stability
 from layersense.recipes.decide import build_manifest
 from layersense.scoring.scores import Layer
 
@@ -182,17 +183,53 @@ def test_stability_agrees_with_repeated_sampling():
     manifest = build_manifest(
         scores, "demo", "mix", config.Scheme(quant_formats=[FP8], effective_bits=16), {}
     )
-    top, probability, _ = ranking_stability(Evidence(scores, manifest, {}))
+    importance = {entry.name: entry.importance for entry in manifest.sensitivity_ranking}
+    stability = ranking_stability(importance, scores.formats)
+    assert stability is not None
+    top, probability = stability.top, stability.other_set
     table = np.array([group.batch_scores for group in scores.formats[FP8].groups.values()])
     handles = np.array(list(scores.groups))
     random = np.random.default_rng(99)
-    changed = 0
+    changed, counts = 0, dict.fromkeys(scores.groups, 0)
     for _ in range(2000):
         drawn = table[:, random.integers(0, table.shape[1], table.shape[1])].sum(axis=1)
-        changed += set(handles[np.argsort(-drawn)[: len(top)]]) != set(top)
+        found = set(handles[np.argsort(-drawn)[: len(top)]])
+        changed += found != set(top)
+        for handle in found:
+            counts[handle] += 1
     assert len(top) == 10
     assert 0.05 < probability < 1
     assert probability == pytest.approx(changed / 2000, abs=0.06)
+    for handle, share in stability.probability.items():
+        assert share == pytest.approx(counts[handle] / 2000, abs=0.06)
+
+
+def test_halves_of_the_data_that_name_other_groups_are_told():
+    scores = noisy(gap=1.001, noise=0.5)
+    found = findings(scores)["halves-disagree"]
+    rows = {h: g.batch_scores for h, g in scores.formats[FP8].groups.items()}
+    even, odd = (
+        set(sorted(rows, key=lambda handle: -sum(rows[handle][half::2]))[:10]) for half in (0, 1)
+    )
+    assert {f"{name}.quant_recipe" for name in found.layers} == even ^ odd
+    assert "halves-disagree" not in findings(noisy(gap=1.5, noise=0.1))
+
+
+def test_the_samples_named_would_settle_the_ranking():
+    """Two groups at the edge of the list, a known distance apart: n = n₀ (1.96 s/d)²."""
+    scores = noisy(gap=1.03, noise=0.3, n_batches=64)
+    scores.formats[FP8].batches.samples = [4] * 64
+    importance = {h: sum(g.batch_scores) for h, g in scores.formats[FP8].groups.items()}
+    stability = ranking_stability(importance, scores.formats)
+    assert stability is not None
+    ranking = sorted(importance, key=lambda handle: -importance[handle])
+    last, outside = (
+        np.array(scores.formats[FP8].groups[handle].batch_scores) for handle in ranking[9:11]
+    )
+    difference = last - outside
+    error = difference.std() / np.sqrt(64)
+    expected = 256 * (1.96 * error / difference.mean()) ** 2
+    assert stability.samples_needed == pytest.approx(expected, rel=0.2)
 
 
 def test_other_settings_are_named_by_key_path():

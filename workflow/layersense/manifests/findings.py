@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from layersense.manifests.schema import SUFFIX, Finding, LayerSensitivity, Manifest, plain_name
+from layersense.manifests.stability import Stability, ranking_stability
 from layersense.quantization.formats import NONE
 from layersense.scoring.scores import FormatScores, Scores
 
@@ -20,12 +18,8 @@ CLAMPED = 1e20
 """ModelOpt clamps g·ΔY to ±1e10 and squares it, so one clamped element alone makes this score."""
 HIGH_PADDING = 0.5
 """Share of padding positions above which a batch is mostly padding."""
-TOP = 10
-"""Size of the set of most sensitive groups whose stability is judged."""
 UNSTABLE = 0.5
 """Probability of another top set above which the ranking is called noisy."""
-RESAMPLES = 1000
-"""Bootstrap resamples of the batches."""
 MAX_REASONS = 3
 """How many differing settings one sentence names."""
 
@@ -326,27 +320,47 @@ def few_batches(evidence: Evidence) -> Iterator[Finding]:
 
 
 def noisy_ranking(evidence: Evidence) -> Iterator[Finding]:
-    """Other batches might well have put other groups at the top.
-
-    A paired bootstrap over batches (Efron and Tibshirani, *An Introduction to the Bootstrap*,
-    ch. 6): all groups see the same batches, so a batch that raises all scores changes no order.
-    """
-    stability = ranking_stability(evidence)
-    if stability is None:
-        return
-    handles, probability, unsure = stability
-    if probability > UNSTABLE:
+    """Other batches might well have put other groups at the top."""
+    stability = _stability(evidence)
+    if stability is not None and stability.other_set > UNSTABLE:
         yield Finding(
             code="noisy-ranking",
             severity="warning",
-            what=f"With other batches of the same data, the {len(handles)} most sensitive groups "
-            f"would be others in {probability * 100:.0f} % of cases; {len(unsure)} of them "
-            "stand or fall with the noise.",
+            what=f"With other batches of the same data, the {len(stability.top)} most sensitive "
+            f"groups would be others in {stability.other_set * 100:.0f} % of cases; "
+            f"{len(stability.unsure)} of them stand or fall with the noise.",
             why="Their scores differ by less than the batches do.",
-            fix="Raise score_samples (four times as many halve the noise), or treat these groups "
-            "alike.",
-            layers=_strip(unsure),
+            fix=_samples_advice(stability),
+            layers=_strip(stability.unsure),
         )
+
+
+def disagreeing_halves(evidence: Evidence) -> Iterator[Finding]:
+    """Two disjoint halves of the data put other groups at the top."""
+    stability = _stability(evidence)
+    if stability is not None and stability.halves:
+        yield Finding(
+            code="halves-disagree",
+            severity="info",
+            what=f"Every other batch, and those between them, name other groups among the "
+            f"{len(stability.top)} most sensitive: {len(stability.halves)} are in one list alone.",
+            why="Each half holds other rows, so what differs between them is not settled by the "
+            "data.",
+            fix=_samples_advice(stability),
+            layers=_strip(stability.halves),
+        )
+
+
+def _samples_advice(stability: Stability) -> str:
+    if stability.samples_needed is None:
+        return (
+            "Treat these groups alike: the last on the list and the first below it are too close "
+            "for any number of samples."
+        )
+    return (
+        f"Raise score_samples to about {stability.samples_needed:,}, which tells the last on the "
+        "list from the first below it, or treat these groups alike."
+    )
 
 
 def trained_on_calibration(evidence: Evidence) -> Iterator[Finding]:
@@ -399,6 +413,7 @@ DETECTORS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     measured_zero,
     few_batches,
     noisy_ranking,
+    disagreeing_halves,
     back_offs,
     simulated_kernels,
     high_padding,
@@ -413,44 +428,9 @@ DETECTORS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
 """Every detector; findings of equal severity stand in this order."""
 
 
-def ranking_stability(evidence: Evidence) -> tuple[list[str], float, list[str]] | None:
-    """Return how sure the set of most sensitive groups is.
-
-    Returns:
-        Handles of the set, the probability that other batches give another set, and those of its
-        members that stay in it in less than 90 % of cases; None where there is nothing to rank
-        or fewer than two batches.
-    """
-    ranking = [entry.name for entry in reversed(evidence.manifest.sensitivity_ranking)]
-    size = min(TOP, len(ranking) // 4)
-    counts = {len(entry.batches.tokens) for entry in evidence.formats.values()}
-    if not size or len(counts) != 1 or min(counts) < 2:
-        return None
-    # Far down the list nothing can reach the top: a resample multiplies a score by at most the
-    # number of batches.
-    (n_batches,) = counts
-    importance = {entry.name: entry.importance for entry in evidence.manifest.sensitivity_ranking}
-    floor = importance[ranking[size - 1]] / n_batches**2
-    near = [handle for handle in ranking if importance[handle] >= floor][: 50 * TOP]
-    random = np.random.default_rng(0)
-    weights = random.multinomial(n_batches, np.full(n_batches, 1 / n_batches), size=RESAMPLES).T
-    worst: npt.NDArray[np.float64] | None = None
-    for name, entry in evidence.formats.items():
-        rows = [
-            evidence.scores.formats[name].groups[handle].batch_scores
-            if handle in entry.groups
-            else [0.0] * n_batches
-            for handle in near
-        ]
-        totals = np.array(rows, dtype=np.float64) @ weights
-        resampled = totals / np.maximum(1, np.array(entry.batches.tokens) @ weights)
-        worst = resampled if worst is None else np.maximum(worst, resampled)
-    if worst is None:
-        return None
-    top = np.argsort(-worst, axis=0, kind="stable")[:size]
-    inside = np.array([(top == index).any(axis=0) for index in range(size)])
-    unsure = [near[index] for index in range(size) if inside[index].mean() < 0.9]
-    return near[:size], float(1 - inside.all(axis=0).mean()), unsure
+def _stability(evidence: Evidence) -> Stability | None:
+    ranking = evidence.manifest.sensitivity_ranking
+    return ranking_stability({entry.name: entry.importance for entry in ranking}, evidence.formats)
 
 
 def _why_zero(
