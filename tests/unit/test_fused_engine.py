@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 pytestmark = pytest.mark.slow  # importing ModelOpt takes 15 s
@@ -266,7 +267,7 @@ def checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def changed(self: Any) -> Any:
         what = first(self)
-        return replace(what, fit=engine.replace_fit(what.fit, checkpointing=True))
+        return replace(what, fit=msgspec.structs.replace(what.fit, checkpointing=True))
 
     monkeypatch.setattr(engine._Engine, "_first_pass", changed)
 

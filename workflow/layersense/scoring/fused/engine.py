@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import Tensor, nn
@@ -23,7 +24,6 @@ from layersense.scoring.fused.fit import (
     can_checkpoint,
     couples_samples,
     missing_memory,
-    replace_fit,
     smaller,
 )
 from layersense.scoring.fused.quantizers import Quantizers
@@ -192,12 +192,12 @@ class _Engine:
         loss = torch.zeros(())
         try:
             with self._checkpointing(what.fit.checkpointing), torch.enable_grad():
-                with self._timed("forward"):
+                with timed(self.seconds, "forward"):
                     loss = self.task.loss(self.task.forward(self.model, batch), batch)
                 if first:
                     self.taps.checked = {handle: {} for handle in self._to_check()}
                 if loss.requires_grad:
-                    with self._timed("backward"):
+                    with timed(self.seconds, "backward"):
                         loss.backward()  # type: ignore[no-untyped-call]
             scores = self.taps.take()
         except (RuntimeError, torch.OutOfMemoryError) as error:
@@ -227,7 +227,7 @@ class _Engine:
         parts = smaller(
             what,
             coupled=self._coupled(),
-            splittable=what.fit.micro_batch > 1 and self._is_splittable(batch),
+            splittable=min(what.fit.micro_batch, batch.n_samples) > 1 and self._is_splittable(),
             checkpointable=can_checkpoint(self.model),
         )
         if not parts:
@@ -251,23 +251,26 @@ class _Engine:
         if self.device.type == "cuda" and can_checkpoint(self.model):
             need, free = self._expected_bytes()
             logger.info(
-                "expected peak %.1f GiB without gradient checkpointing, %.1f GiB are free",
+                "expected peak %.1f GiB if activations are kept, %.1f GiB are free",
                 need / 2**30,
                 free / 2**30,
             )
             if need > FULL * free:
                 logger.info("activations are recomputed from the start")
-                fit = replace_fit(fit, checkpointing=True)
+                fit = msgspec.structs.replace(fit, checkpointing=True)
         return Pass(tuple(self.taps.recipes), fit)
 
     def _expected_bytes(self) -> tuple[float, float]:
         """Return bytes that a pass without checkpointing is expected to need, and those there."""
         batch = self._micro_batch(self.measurement.score_batch_size, 0)
         self.taps.held_bytes = 0
-        with torch.no_grad(), self.taps.attached():
-            output = self.task.forward(self.model, batch)
-        held, self.taps.held_bytes = self.taps.held_bytes, None
-        del output
+        try:
+            with torch.no_grad(), self.taps.attached():
+                self.task.forward(self.model, batch)
+            held: float = self.taps.held_bytes
+        except torch.OutOfMemoryError:
+            held = math.inf
+        self.taps.held_bytes = None
         free, _ = torch.cuda.mem_get_info(self.device)
         allocated = torch.cuda.memory_allocated(self.device)
         usable = free + torch.cuda.memory_reserved(self.device)
@@ -277,7 +280,7 @@ class _Engine:
     def _coupled(self) -> list[QuantRecipe]:
         return [r for r, format in self.quantizers.formats.items() if couples_samples(format)]
 
-    def _is_splittable(self, batch: Batch) -> bool:
+    def _is_splittable(self) -> bool:
         """Return whether a batch may be split: its loss is the sum of its samples' losses.
 
         A loss that couples samples (an auxiliary loss of a mixture of experts, a normalisation by
@@ -419,12 +422,6 @@ class _Engine:
                 if not phase.startswith("calibrate ") or phase == own
             },
         )
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        """Time a phase of a step; on a GPU the two phases of a step overlap with its launches."""
-        with timed(self.seconds, phase):
-            yield
 
     def _log_start(self, n_calibration: int, n_scoring: int) -> None:
         groups = self.quantizers.groups.values()

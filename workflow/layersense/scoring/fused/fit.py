@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import nn
 
@@ -46,39 +47,26 @@ def smaller(
         free = tuple(recipe for recipe in what.recipes if recipe not in coupled)
         bound = tuple(recipe for recipe in what.recipes if recipe in coupled)
         size = _half(fit.micro_batch)
-        parts = []
+        split = f"scoring batch of {fit.micro_batch} samples split into {size} at a time"
+        apart = f"{len(bound)} format(s) with one activation range for a batch scored apart"
         if free:
-            note = f"scoring batch of {fit.micro_batch} samples split into {size} at a time"
-            parts.append(
-                Pass(
-                    free,
-                    replace_fit(fit, micro_batch=size, formats=len(free)),
-                    (*what.back_offs, note),
-                )
-            )
-        if bound and free:
-            note = f"{len(bound)} format(s) with one activation range for a batch scored apart"
-            parts.append(Pass(bound, replace_fit(fit, formats=len(bound)), (*what.back_offs, note)))
-        if free:
-            return parts
+            parts = [_part(what, free, split, micro_batch=size)]
+            return parts + ([_part(what, bound, apart)] if bound else [])
     if checkpointable and not fit.checkpointing:
         note = "activations recomputed in the backward pass (gradient checkpointing)"
-        changed = replace_fit(fit, checkpointing=True)
-        return [replace(what, fit=changed, back_offs=(*what.back_offs, note))]
+        return [_part(what, what.recipes, note, checkpointing=True)]
     if len(what.recipes) > 1:
         middle = -(-len(what.recipes) // 2)
         note = f"{len(what.recipes)} formats scored in two passes instead of one"
-        return [
-            Pass(part, replace_fit(fit, formats=len(part)), (*what.back_offs, note))
-            for part in (what.recipes[:middle], what.recipes[middle:])
-        ]
+        halves = (what.recipes[:middle], what.recipes[middle:])
+        return [_part(what, half, note) for half in halves]
     return []
 
 
-def replace_fit(fit: Fit, **changes: int | bool) -> Fit:
-    """Return ``fit`` with changes."""
-    values = {"micro_batch": fit.micro_batch, "checkpointing": fit.checkpointing}
-    return Fit(**{**values, "formats": fit.formats, **changes})  # type: ignore[arg-type]
+def _part(what: Pass, recipes: tuple[QuantRecipe, ...], note: str, **changes: int | bool) -> Pass:
+    """Return a pass of some formats of another, with what was changed and why."""
+    fit = msgspec.structs.replace(what.fit, formats=len(recipes), **changes)
+    return Pass(recipes, fit, (*what.back_offs, note))
 
 
 def couples_samples(format: Format) -> bool:
