@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from toy_task import Toy, Twice, by_hand, int8, make, make_rows, measurement, to
 
 from layersense.errors import LayersenseError  # noqa: E402
 from layersense.quantization.formats import resolve_format  # noqa: E402
+from layersense.scoring import in_progress  # noqa: E402
 from layersense.scoring.measurement import Measurement  # noqa: E402
 from layersense.scoring.modelopt_engine import measure  # noqa: E402
 from layersense.scoring.scores import FormatScores  # noqa: E402
@@ -127,6 +130,43 @@ def test_kl_div_does_not_depend_on_the_scoring_batch() -> None:
     whole = run(measurement(method="kl_div", score_batch_size=8), INT8)[INT8]
     parts = run(measurement(method="kl_div", score_batch_size=3), INT8)[INT8]
     assert totals(parts) == pytest.approx(totals(whole), rel=5e-3, abs=2e-6)
+
+
+class Interrupted(Toy):
+    """Stops at a forward call, as a killed job does."""
+
+    stop_at = 0
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        if self.calls + 1 == self.stop_at:
+            raise KeyboardInterrupt
+        return super().forward(model, batch)
+
+
+def test_kl_div_goes_on_where_a_killed_job_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_progress, "SAVE_SECONDS", 0.0)
+    whole, undisturbed = Toy(), measurement(method="kl_div", score_batch_size=2)
+    expected = run(replace(undisturbed, task=whole), INT8, FP8)
+    calibration = 3 * 2  # batches × formats
+    each = (whole.calls - calibration) // 4
+    killed = Interrupted()
+    killed.stop_at = calibration + 2 * each + 3  # in the third of four batches
+    file = tmp_path / "in-progress"
+    what = replace(undisturbed, in_progress=in_progress.InProgress(file, "digest"))
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(what, task=killed), INT8, FP8)
+    complete = replace(what, in_progress=in_progress.InProgress(tmp_path / "all", "digest"))
+    run(complete, INT8, FP8)
+    other = replace(what, in_progress=in_progress.InProgress(file, "another measurement"))
+    for again, batches in ((what, 2), (complete, 1), (other, 4)):
+        task = Toy()
+        entries = run(replace(again, task=task), INT8, FP8)
+        assert task.calls == calibration + batches * each
+        for name, entry in expected.items():
+            assert entries[name].groups == entry.groups
+            assert entries[name].batches == entry.batches
 
 
 def test_out_of_memory_halves_the_batch_and_changes_no_score(

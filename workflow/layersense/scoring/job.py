@@ -15,6 +15,7 @@ from layersense.errors import LayersenseError
 from layersense.files import digest_json
 from layersense.models.checkpoints import Checkpoint, read_checkpoint
 from layersense.quantization.formats import check_device, format_from_settings
+from layersense.scoring.in_progress import InProgress
 from layersense.scoring.lease import lease, visible_devices
 from layersense.scoring.scores import (
     Dataset,
@@ -74,6 +75,7 @@ def score_run(
             for name, format in formats.items()
         }
         held = _held(out, partial, digests)
+        in_progress = InProgress(out.with_name(f".{out.name}.in-progress"), digest_json(digests))
         missing = [name for name in formats if held is None or name not in held.formats]
         if missing:
             logger.info("to measure: %s", ", ".join(missing))
@@ -88,6 +90,7 @@ def score_run(
                 model_file.parent.name,
                 database_file,
                 threads,
+                in_progress,
             ):
                 write_scores(partial, scores)
                 held = scores
@@ -102,6 +105,7 @@ def score_run(
         )
         write_scores(out, held)
         partial.unlink(missing_ok=True)
+        in_progress.path.unlink(missing_ok=True)
     return missing
 
 
@@ -116,6 +120,7 @@ def _measure(
     model_name: str,
     database_file: Path,
     threads: int | None,
+    in_progress: InProgress,
 ) -> Iterator[Scores]:
     """Yield the score file's content after each step that completed some formats."""
     wanted = [format_from_settings(name, formats[name]) for name in missing]
@@ -182,6 +187,7 @@ def _measure(
             dtype=settings["dtype"],
             device=torch.device(device),
             seed=sampling["seed"],
+            in_progress=in_progress,
         )
         model = Model(
             name=model_name,

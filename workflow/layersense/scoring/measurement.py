@@ -17,6 +17,7 @@ from layersense.models.tasks.protocol import Batch, Loaded, Sampling, Task
 from layersense.quantization.formats import Format
 from layersense.quantization.modelopt_formats import kernel_mode
 from layersense.scoring.environment import describe_environment, peak_memory_bytes
+from layersense.scoring.in_progress import InProgress
 from layersense.scoring.scores import Agreement, Batches, Fit, FormatScores, GroupScore, Reached
 
 
@@ -35,6 +36,8 @@ class Measurement:
     dtype: str
     device: torch.device
     seed: int
+    in_progress: InProgress | None = None
+    """Where completed batches of a long measurement are kept."""
 
 
 @dataclass(frozen=True)

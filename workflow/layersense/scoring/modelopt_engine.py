@@ -13,7 +13,7 @@ How stock has to be driven so that its scores mean what they say:
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -25,6 +25,7 @@ from layersense.errors import LayersenseError
 from layersense.models.tasks.protocol import Batch, Loaded
 from layersense.quantization.formats import Format
 from layersense.quantization.modelopt_formats import joint_calls, modelopt_config
+from layersense.scoring.in_progress import Completed
 from layersense.scoring.inventory import Inventory, take_inventory
 from layersense.scoring.measurement import (
     BatchStatistics,
@@ -142,7 +143,7 @@ def _measure_call(
             if measurement.method == "gradient"
             else None,
             num_calib_steps=len(calibration),
-            num_score_steps=len(scoring),
+            num_score_steps=len(scoring) - steps.skipped,
             method=measurement.method,
             verbose=False,
         )
@@ -201,6 +202,15 @@ class _Steps:
         self._started = time.perf_counter()
         self._batch: Batch | None = None
         self._index = -1
+        self._call = f"{', '.join(recipes)}; batches of {scoring[0].n_samples}"
+        file = measurement.in_progress if measurement.method == "kl_div" else None
+        self._file = file
+        self._completed = file.read(self._call) if file else None
+        # The last batch is scored anew in any case: stock has to have one.
+        done = len(self._completed.seen) if self._completed else 0
+        self.skipped = min(done, len(scoring) - 1)
+        if self.skipped:
+            logger.info("%d of %d batches are complete already", self.skipped, len(scoring))
 
     @torch.no_grad()
     def forward(self, model: nn.Module, index: int) -> torch.Tensor | None:
@@ -212,13 +222,18 @@ class _Steps:
             batch = self._to_device(self.calibration[index])
             self.measurement.task.forward(model, batch)
             return None
-        if index != self._index:
+        index += self.skipped
+        first = index != self._index
+        if first:
             if self._index >= 0:
                 self._end_batch()
             self._begin_batch(model, index)
         assert self._batch is not None
-        task = self.measurement.task
-        return task.supervised_logits(task.forward(model, self._batch), self._batch)
+        task, started = self.measurement.task, time.perf_counter()
+        logits = task.supervised_logits(task.forward(model, self._batch), self._batch)
+        if first and index == self.skipped:
+            self._announce(time.perf_counter() - started)
+        return logits
 
     @torch.enable_grad()
     def forward_backward(self, model: nn.Module, index: int) -> None:
@@ -241,15 +256,30 @@ class _Steps:
             self.progress.close()
         self.seconds["score"] = time.perf_counter() - self._started
 
+    def _announce(self, seconds: float) -> None:
+        """Say how long ``kl_div`` will take: a forward pass for each group, format and batch."""
+        passes = 1 + len(self.recorder.hparams) * len(self.recorder.recipes)
+        batches = len(self.scoring) - self.skipped
+        logger.info(
+            "kl_div runs the model %d times for each of %d batches: about %.1f hours",
+            passes,
+            batches,
+            passes * batches * seconds / 3600,
+        )
+
     def _begin_batch(self, model: nn.Module, index: int) -> Batch:
         if not self.recorder.hparams:
             self.recorder.attach(model)
+            if self._completed:
+                self.recorder.take_up(self._completed, self.skipped)
+                taken = self._completed.seen[: self.skipped]
+                self.seen = [BatchStatistics(**batch) for batch in taken]
             now = time.perf_counter()
             self.seconds["calibrate"] = now - self._started
             self._started = now
             self.progress = Progress(
                 "score",
-                total=len(self.scoring),
+                total=len(self.scoring) - self.skipped,
                 unit="batch",
                 device=self.measurement.device,
             )
@@ -261,8 +291,17 @@ class _Steps:
     def _end_batch(self) -> None:
         self.recorder.harvest()
         self._batch = None
+        if self._file:
+            self._file.save(self._call, self._complete)
         if self.progress is not None:
             self.progress.step()
+
+    def _complete(self) -> Completed:
+        return Completed(
+            batch_scores=self.recorder.batch_scores,
+            called=[h for h in self.recorder.hparams if self.recorder.reached(h) == "scored"],
+            seen=[asdict(batch) for batch in self.seen],
+        )
 
     def _to_device(self, batch: Batch) -> Batch:
         return batch.to(self.measurement.device, self.dtype)

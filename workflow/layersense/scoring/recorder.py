@@ -15,6 +15,7 @@ from modelopt.torch.quantization.algorithms import QuantRecipe, QuantRecipeHpara
 from torch import nn
 
 from layersense.errors import LayersenseError
+from layersense.scoring.in_progress import Completed
 from layersense.scoring.scores import Reached
 
 
@@ -51,6 +52,14 @@ class Recorder:
             if self.gradient:
                 for module in hparam.score_modules:
                     self._hooks.append(module.register_forward_hook(self._on_output(handle)))
+
+    def take_up(self, completed: Completed, batches: int) -> None:
+        """Continue from the first batches of an earlier job; :meth:`attach` has been called."""
+        for name, scores in completed.batch_scores.items():
+            self.batch_scores[name] = {
+                handle: values[:batches] for handle, values in scores.items()
+            }
+        self._called.update(dict.fromkeys(completed.called, True))
 
     def detach(self) -> None:
         """Remove every hook."""
