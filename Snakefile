@@ -20,6 +20,7 @@ if not CONFIG.frozen:
     include: "workflow/rules/calibration.smk"
     include: "workflow/rules/models.smk"
     include: "workflow/rules/scoring.smk"
+    include: "workflow/rules/verification.smk"
 
 
 include: "workflow/rules/recipes.smk"
@@ -28,12 +29,19 @@ include: "workflow/rules/reports.smk"
 
 
 rule all:
-    """Everything: tables, recipes, reports and the summary of all runs."""
+    """Everything: tables, recipes, verification, reports and the summary of all runs."""
     default_target: True
     input:
         targets("reports"),
         targets("tables"),
         targets("recipes"),
+        targets("verification"),
+
+
+rule verification_tables:
+    """What was measured on held-out rows against what was predicted, and whatever it needs."""
+    input:
+        targets("verification"),
 
 
 rule recipes:

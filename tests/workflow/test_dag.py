@@ -21,7 +21,7 @@ EXAMPLES = sorted(
     path.name for path in (Path(__file__).parents[2] / "config" / "examples").glob("*.yaml")
 )
 SCHEME_RULES = ("solve", "layers", "frontier", "recipe", "report")
-MEASURING = {"dataset", "model", "score", "scores"}
+MEASURING = {"dataset", "model", "score", "scores", "verify"}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,8 @@ def expected(config: dict[str, Any]) -> set[str]:
     jobs = {"all", "summaries", "summary"}
     for name, run in config["runs"].items():
         jobs |= {f"dataset/{run['dataset']}", f"model/{run['model']}", f"score/{name}"}
+        if run.get("verify") is not None:
+            jobs |= {f"verify/{name}", f"verification/{name}"}
         for scheme in run["schemes"]:
             jobs |= {f"{rule}/{name}/{scheme}" for rule in SCHEME_RULES}
     return jobs
@@ -170,9 +172,9 @@ def test_frozen_has_no_rule_that_measures(repository: Path, tmp_path: Path) -> N
     assert set(everything) - set(listed) == MEASURING
     config = default_config(project)
     for run in config["runs"]:
-        file = project.results / run / "scores.json"
-        file.parent.mkdir(parents=True)
-        file.write_text("{}")
+        (project.results / run).mkdir(parents=True)
+        for name in ("scores.json", "verification.json"):
+            (project.results / run / name).write_text("{}")
     jobs = set(dag(project, *frozen))
     assert jobs == {job for job in expected(config) if job.split("/")[0] not in MEASURING}
 
@@ -187,11 +189,14 @@ def test_targets_plan_what_they_need(project: Project) -> None:
     target = "results/demo.captions/fp8_language/layers.parquet"
     assert set(dag(project, target)) == needed | {"layers/demo.captions/fp8_language"}
     jobs = expected(default_config(project)) - {"all"}
-    measuring = {job for job in jobs if job.split("/")[0] in MEASURING}
-    assert set(dag(project, "scores")) == measuring | {"scores"}
-    pages = {job for job in jobs if job.split("/")[0] in ("report", "summary")}
-    assert set(dag(project, "tables")) == jobs - pages | {"tables"}
-    assert set(dag(project, "reports")) == jobs | {"reports"}
+
+    def of(*rules: str) -> set[str]:
+        return {job for job in jobs if job.split("/")[0] in rules}
+
+    assert set(dag(project, "scores")) == of("dataset", "model", "score") | {"scores"}
+    beside = of("report", "summary", "recipe", "verify", "verification")
+    assert set(dag(project, "tables")) == jobs - beside | {"tables"}
+    assert set(dag(project, "reports")) == jobs - of("recipe") | {"reports"}
 
 
 def test_a_target_that_no_rule_makes_is_refused(project: Project) -> None:

@@ -12,12 +12,15 @@ pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
 SUMMARIES = {"summaries", "summary"}
 SCHEME_RULES = ("solve", "layers", "frontier", "recipe", "report")
+VERIFIED = {"llm.words"}
 VLM_SCHEMES = ("fp8", "mixed")
 
 
 def chain(run: str, *schemes: str) -> set[str]:
     """The CPU jobs of a run's schemes, and those that put all together."""
     steps = {f"{step}/{run}/{scheme}" for scheme in schemes for step in SCHEME_RULES}
+    if run in VERIFIED:
+        steps |= {f"verify/{run}", f"verification/{run}"}
     return steps | SUMMARIES
 
 
@@ -72,6 +75,38 @@ def test_a_budget_solves_its_scheme_in_its_runs_again(study: Project) -> None:
     before = scores(study, "vlm.photos")
     assert study.run().jobs == chain("vlm.photos", "mixed")
     assert scores(study, "vlm.photos") == before
+
+
+def test_a_budget_of_a_verified_run_measures_no_known_recipe(study: Project) -> None:
+    def add(config: dict[str, Any]) -> None:
+        config["schemes"]["other"] = {"quant_formats": ["FP8_ALL_LAYERS_CFG"], "effective_bits": 12}
+        config["runs"]["llm.words"]["schemes"] = ["fp8", "other"]
+
+    before = study.json("llm.words/verification.json")
+    study.edit(add)
+    assert study.run().jobs == chain("llm.words", "other") | {"report/llm.words/fp8"}
+    both = study.json("llm.words/verification.json")
+    assert both["singles"] == before["singles"]
+    study.edit(lambda config: config["schemes"]["other"].update(effective_bits=10))
+    scored = scores(study, "llm.words")
+    assert study.run().jobs == chain("llm.words", "other") | {"report/llm.words/fp8"}
+    after = study.json("llm.words/verification.json")
+    assert scores(study, "llm.words") == scored
+    assert {name: after["recipes"][name] for name in both["recipes"]} == both["recipes"]
+    log = (study.results / "logs/verify/llm.words.log").read_text()
+    assert "to measure: 0 single groups" in log
+
+
+def test_more_groups_to_verify_measure_those_alone(study: Project) -> None:
+    before = study.json("llm.words/verification.json")
+    study.edit(lambda config: config["runs"]["llm.words"]["verify"].update(groups=9))
+    jobs = study.run().jobs
+    assert jobs == {"verify/llm.words", "verification/llm.words", "report/llm.words/fp8"}
+    after = study.json("llm.words/verification.json")
+    assert after["recipes"] == before["recipes"]
+    for format, groups in before["singles"].items():
+        assert {handle: after["singles"][format][handle] for handle in groups} == groups
+        assert len(after["singles"][format]) > len(groups)
 
 
 def test_coverage_solves_its_scheme_again(study: Project) -> None:

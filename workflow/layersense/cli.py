@@ -160,6 +160,45 @@ def imported(
 
 
 @app.command(rich_help_panel=RULES)
+def verify(
+    run: str,
+    manifests: Annotated[list[Path], typer.Argument(help="Manifests of the run's schemes.")],
+    settings: Settings,
+    model: Annotated[Path, typer.Option(help="Record of the checkpoint.")],
+    database: Annotated[Path, typer.Option(help="Calibration database.")],
+    out: Out,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+) -> None:
+    """Measure recipes and single groups on the held-out rows, where that is missing."""
+    _quiet()
+    from layersense.verification.job import verify_run
+
+    verify_run(
+        run,
+        settings,
+        manifests,
+        model_file=model,
+        database_file=database,
+        out=out,
+        threads=threads,
+    )
+
+
+@app.command(rich_help_panel=RULES)
+def verification(
+    manifests: Annotated[list[Path], typer.Argument(help="Manifests of the run's schemes.")],
+    measured: Annotated[Path, typer.Option(help="What was measured on the held-out rows.")],
+    settings: Settings,
+    out: Out,
+) -> None:
+    """Write the table of what was measured against what was predicted."""
+    from layersense.config import Verify
+    from layersense.verification.table import write_verification_table
+
+    write_verification_table(manifests, measured, Verify.model_validate(settings), out)
+
+
+@app.command(rich_help_panel=RULES)
 def report(
     manifest: Manifest,
     layers: Annotated[Path, typer.Option(help="Table of the scheme.")],
@@ -167,12 +206,16 @@ def report(
     settings: Settings,
     template: Template,
     out: Out,
+    verification: Annotated[
+        Path | None, typer.Argument(help="Verification of the run, if it is verified.")
+    ] = None,
 ) -> None:
     """Render the Markdown report of one scheme."""
     from layersense.config import Report
     from layersense.reports.markdown import write_report
 
-    write_report(manifest, layers, frontier, Report.model_validate(settings), template, out)
+    options = Report.model_validate(settings)
+    write_report(manifest, layers, frontier, options, template, out, verification)
 
 
 @app.command(rich_help_panel=RULES)

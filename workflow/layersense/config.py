@@ -221,6 +221,17 @@ class Scheme(Section):
     """What is minimised: the sum of the scores, or their maximum as ModelOpt does for `kl_div`."""
 
 
+class Verify(Section):
+    """How much of a run is verified: measured on the held-out rows, against what was predicted."""
+
+    groups: int = Field(40, ge=2)
+    """Layer groups to quantize alone, under each format."""
+    points: int = Field(5, ge=1)
+    """Recipes of each scheme's frontier to measure."""
+    random: int = Field(20, ge=0)
+    """Random recipes within 0.05 bits of each scheme's choice, to compare with."""
+
+
 class Run(Section):
     """What one GPU job measures: a model, on data, by a method; and the schemes to report."""
 
@@ -245,6 +256,8 @@ class Run(Section):
     """Rows that are scored, the first of the calibration rows; default 128, or all if fewer."""
     heldout_samples: int | None = Field(None, ge=1)
     """Held-out rows for verification; default all of the held-out split."""
+    verify: Verify | None = None
+    """Measure single groups and whole recipes on the held-out rows; `{}` with the defaults."""
     batch_size: int = Field(4, ge=1)
     """Rows in a scoring batch; scores do not depend on it."""
     calibration_batch_size: int = Field(4, ge=1)

@@ -44,7 +44,7 @@ _SECTIONS: dict[str, tuple[tuple[str, type[BaseModel]], ...]] = {
     ),
     "formats": (("", models.OwnFormat),),
     "schemes": (("", models.Scheme), ("`cost_table` of a scheme", models.CostTable)),
-    "runs": (("", models.Run),),
+    "runs": (("", models.Run), ("`verify` of a run", models.Verify)),
     "manifests": (("", models.ImportedManifest),),
     "report": (("", models.Report),),
 }

@@ -48,6 +48,16 @@ def measured(run: str) -> str:
     return f"{RESULTS}/{run}/measured.json"
 
 
+def verification(run: str) -> str:
+    """Return what was measured on a run's held-out rows."""
+    return f"{RESULTS}/{run}/verification.json"
+
+
+def verification_table(run: str) -> str:
+    """Return the table of a run's measured damage beside the predicted."""
+    return f"{RESULTS}/{run}/verification.parquet"
+
+
 def manifest(run: str, scheme: str) -> str:
     """Return the manifest of one scheme."""
     return f"{RESULTS}/{run}/{scheme}/manifest.json"

@@ -17,6 +17,7 @@ from layersense.errors import LayersenseError
 from layersense.files import canonical_json, digest_file, digest_json, write_json
 from layersense.models.outside import find_module
 from layersense.quantization.formats import format_settings, resolve_format
+from layersense.verification.store import VERIFICATION_VERSION
 
 ENGINE_VERSIONS: dict[Engine, int] = {"fused": 1, "modelopt": 1}
 """Raised when an engine's numbers change, which measures everything again that it measured.
@@ -114,6 +115,33 @@ def import_settings(config: Config, manifest: str) -> dict[str, Any]:
     settings = config.manifests[manifest].model_dump(mode="json")
     del settings["file"]
     return settings
+
+
+def verify_options(config: Config, run: str) -> dict[str, Any]:
+    """Return how much of a run is verified: empty if nothing is."""
+    verify = config.runs[run].verify
+    return verify.model_dump(mode="json") if verify else {}
+
+
+def verify_settings(config: Config, run: str) -> dict[str, Any]:
+    """Return what determines a run's verification, beside its schemes' manifests.
+
+    ``measured`` is what a measured number depends on; how much is verified decides only what is
+    missing. Method and engine are not in it, because verification does not go by scores.
+    """
+    entry = config.runs[run]
+    settings = score_settings(config, run)
+    sampling = {**settings["sampling"]}
+    del sampling["score_samples"]
+    return {
+        "verify": verify_options(config, run),
+        "measured": {
+            **{key: settings[key] for key in ("model", "dataset", "modality", "dtype", "device")},
+            "sampling": sampling,
+            "heldout_samples": entry.heldout_samples,
+            "version": VERIFICATION_VERSION,
+        },
+    }
 
 
 def report_settings(config: Config) -> dict[str, Any]:

@@ -287,6 +287,8 @@ class _Checker:
             return kinds[entry.get("source", "checkpoint")]
         if path[2:3] == ("cost_table",):
             return models.CostTable
+        if path[2:3] == ("verify",):
+            return models.Verify
         return ENTRIES[section]
 
     def _fields(self, path: Path_) -> list[str]:
@@ -511,6 +513,7 @@ class _Checker:
             self.add(
                 (*path, "engine"), "expected `modelopt`, which alone measures `kl_div`", "fused"
             )
+        self._check_verify(path, run)
         least, most = run.get("min_pixels"), run.get("max_pixels")
         if least is not None and most is not None and least > most:
             self.add((*path, "min_pixels"), f"expected at most `max_pixels`, {most}", least)
@@ -522,6 +525,23 @@ class _Checker:
                             check_device(format, "cpu")
                         except LayersenseError as error:
                             self.add((*path, "device"), f"{error} (scheme `{scheme}`)")
+
+    def _check_verify(self, path: Path_, run: Part) -> None:
+        if run.get("verify") is None:
+            return
+        dataset = self.part("datasets", run.get("dataset"))
+        if dataset.get("heldout") == 0:
+            self.add(
+                (*path, "verify"),
+                f"needs held-out rows; set `heldout` of dataset `{run['dataset']}`, or leave "
+                "`verify` out",
+            )
+        task = self.part("models", run.get("model")).get("task")
+        if task in models.TASK_METHODS and "kl_div" not in models.TASK_METHODS[task]:
+            self.add(
+                (*path, "verify"),
+                f"task `{task}` has no one output distribution to compare; leave `verify` out",
+            )
 
     def _check_reference(self, path: Path_, name: Any, section: str) -> None:
         names = [str(key) for key in self.section(section)]

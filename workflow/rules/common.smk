@@ -22,6 +22,7 @@ from layersense.manifests.schema import SCHEMA_VERSION as MANIFEST_VERSION
 from layersense.manifests.tables import TABLE_VERSION
 from layersense.recipes.frontier import FRONTIER_VERSION
 from layersense.recipes.quant_config import QUANT_CONFIG_VERSION
+from layersense.verification.store import VERIFICATION_TABLE_VERSION
 from layersense.validation import check_gpus, load_config, read_config_file
 
 CONFIG_FILES = [
@@ -81,6 +82,11 @@ def targets(stage):
             paths.runs(),
         ],
         "recipes": per_scheme(paths.quant_config),
+        "verification": [
+            paths.verification_table(run)
+            for run, entry in CONFIG.runs.items()
+            if entry.verify
+        ],
         "reports": [*per_scheme(paths.report_markdown), paths.summary()],
     }[stage]
 
@@ -120,6 +126,29 @@ def measured_scores(wildcards):
             f"`frozen` out to measure run {wildcards.run}"
         )
     return path
+
+
+def measured_verification(wildcards):
+    """Return what was measured on held-out rows; under `frozen` it has to be there."""
+    path = paths.verification(wildcards.run)
+    if CONFIG.frozen and not Path(path).exists():
+        raise WorkflowError(
+            f"{path}: is missing and `frozen: true` measures nothing; copy it here, leave `verify` "
+            f"of run {wildcards.run} out, or leave `frozen` out to measure it"
+        )
+    return path
+
+
+def manifests_of_run(wildcards):
+    """Return the manifests of all schemes of a run."""
+    schemes = CONFIG.runs[wildcards.run].schemes
+    return [paths.manifest(wildcards.run, scheme) for scheme in schemes]
+
+
+def verification_of_run(wildcards):
+    """Return the table of a run's verification, if it is verified."""
+    verified = CONFIG.runs[wildcards.run].verify is not None
+    return [paths.verification_table(wildcards.run)] if verified else []
 
 
 def cost_table(wildcards):

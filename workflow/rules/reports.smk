@@ -8,6 +8,7 @@ rule report:
         manifest=paths.manifest("{run}", "{scheme}"),
         layers=paths.layers("{run}", "{scheme}"),
         frontier=paths.frontier("{run}", "{scheme}"),
+        verification=verification_of_run,
     output:
         report(
             paths.report_markdown("{run}", "{scheme}"),
@@ -25,9 +26,9 @@ rule report:
         settings=slice_of(settings.report_settings),
     shell:
         PYTHON
-        + " -m layersense report --manifest {input.manifest:q} --layers {input.layers:q}"
-        " --frontier {input.frontier:q} --settings {params.settings:q}"
-        " --template {input.template:q} --out {output:q}"
+        + " -m layersense report {input.verification:q} --manifest {input.manifest:q}"
+        " --layers {input.layers:q} --frontier {input.frontier:q}"
+        " --settings {params.settings:q} --template {input.template:q} --out {output:q}"
         " > {log:q} 2>&1"
 
 

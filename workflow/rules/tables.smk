@@ -71,3 +71,25 @@ rule summaries:
         PYTHON
         + " -m layersense tables {input.manifests:q} --sensitivity {output.sensitivity:q}"
         " --runs {output.runs:q} > {log:q} 2>&1"
+
+
+rule verification:
+    """The table of a run's measured damage beside the predicted."""
+    input:
+        measured=measured_verification,
+        manifests=manifests_of_run,
+    output:
+        paths.verification_table("{run}"),
+    log:
+        paths.log("verification", "{run}"),
+    benchmark:
+        paths.benchmark("verification", "{run}")
+    conda:
+        environment("report")
+    params:
+        settings=slice_of(settings.verify_options, "run"),
+        version=f"verification-{VERIFICATION_TABLE_VERSION}",
+    shell:
+        PYTHON + " -m layersense verification {input.manifests:q}"
+        " --measured {input.measured:q} --settings {params.settings:q} --out {output:q}"
+        " > {log:q} 2>&1"

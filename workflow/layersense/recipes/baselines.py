@@ -4,9 +4,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from layersense.manifests.schema import LayerSensitivity
 from layersense.quantization.formats import NONE
-from layersense.recipes.menu import Menu, Recipe
+from layersense.recipes.menu import Menu, Recipe, recipe_digest
+from layersense.scoring.scores import NONE_BITS
 
 Kind = Literal["uniform", "head_kept", "edges_kept"]
 """``uniform``: one format wherever the scheme allows it. ``head_kept``: the same without the output
@@ -74,3 +77,32 @@ def _edge_blocks(sensitivity: Mapping[str, LayerSensitivity]) -> set[str]:
         if group.block is not None
         and group.block in (min(blocks[group.subsystem]), max(blocks[group.subsystem]))
     }
+
+
+def random_recipes(menu: Menu, bits: float, count: int, width: float = 0.05) -> list[Recipe]:
+    """Return random recipes within ``width`` of ``bits``, at most ``count``, all different.
+
+    Each starts from a format drawn for every group and then draws single groups anew, keeping
+    what brings it nearer to ``bits``. The same menu and bits give the same recipes.
+    """
+    generator = np.random.default_rng(int(recipe_digest({"bits": f"{bits:.6f}"})[:8], 16))
+    sizes = np.array([len(options) for options in menu.options])
+    found: list[Recipe] = []
+    for _ in range(4 * count):
+        choice = generator.integers(0, sizes)
+        cost = menu.cost(choice)
+        for _ in range(50 * len(sizes)):
+            distance = cost / menu.total * NONE_BITS - bits
+            if abs(distance) <= width:
+                break
+            row = int(generator.integers(len(sizes)))
+            option = int(generator.integers(sizes[row]))
+            changed = cost + menu.costs[row, option] - menu.costs[row, choice[row]]
+            if abs(changed / menu.total * NONE_BITS - bits) < abs(distance):
+                choice[row], cost = option, changed
+        recipe = menu.recipe(choice)
+        if abs(menu.effective_bits(choice) - bits) <= width and recipe not in found:
+            found.append(recipe)
+        if len(found) == count:
+            break
+    return found

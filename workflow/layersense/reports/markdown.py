@@ -14,6 +14,7 @@ from layersense.manifests.schema import SUFFIX, FormatRun, Manifest, plain_name
 from layersense.quantization.formats import NONE
 from layersense.reports.result import Group, Result, Score, read_result, read_table
 from layersense.reports.text import Markdown, bits, code, escape, join, number, render
+from layersense.verification.table import read_summary
 
 MAX_FORMAT_COLUMNS = 4
 """Formats that get a column of their own in the table of all groups."""
@@ -35,6 +36,7 @@ def write_report(
     report: config.Report,
     template: Path,
     out: Path,
+    verification_path: Path | None = None,
 ) -> None:
     """Render the report of one scheme.
 
@@ -45,6 +47,7 @@ def write_report(
         report: how it should look.
         template: Jinja2 template.
         out: Markdown file to write.
+        verification_path: the run's ``verification.parquet``, if it is verified.
 
     Raises:
         LayersenseError: an input cannot be read.
@@ -52,6 +55,8 @@ def write_report(
     manifest = read_own_manifest(manifest_path)
     frontier = read_table(frontier_path, columns=FRONTIER_COLUMNS).to_pylist()
     context = report_context(manifest, read_result(layers_path), frontier, report)
+    if verification_path is not None:
+        context["verification"] = verification_context(manifest, verification_path)
     atomic_write(out, render(template, context))
 
 
@@ -116,7 +121,38 @@ def report_context(
         "budget": _budget(manifest),
         "recipes": _recipes(frontier),
         "flips": _flips(manifest),
+        "verification": None,
         "provenance": _provenance(manifest),
+    }
+
+
+def verification_context(manifest: Manifest, path: Path) -> dict[str, Any]:
+    """Return what the template of a report may print of its run's verification.
+
+    Args:
+        manifest: the manifest.
+        path: ``verification.parquet`` of its run.
+    """
+    scheme = manifest.scheme.name
+    summary = read_summary(path)
+    rows = read_table(path, filters=[("kind", "=", "recipe"), ("scheme", "=", scheme)])
+    recipes = rows.to_pylist()
+    random = sorted(row["kl"] for row in recipes if row["role"] == "random" and row["kl"])
+    return {
+        "summary": summary,
+        "verdict": next(entry for entry in summary.verdicts if entry.scheme == scheme),
+        "correlations": [entry for entry in summary.correlations if entry.format in manifest.run],
+        "recipes": sorted(
+            (row for row in recipes if row["role"] not in ("random", "rival")),
+            key=lambda row: row["effective_bits"],
+        ),
+        "random": {"count": len(random), "median": random[len(random) // 2], "best": random[0]}
+        if random
+        else None,
+        "duels": [
+            entry for entry in summary.duels if entry.scheme == scheme and entry.ours != scheme
+        ],
+        "findings": [_finding(finding) for finding in summary.findings],
     }
 
 

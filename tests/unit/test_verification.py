@@ -1,0 +1,439 @@
+"""What to verify, how it is measured, and what the table says of it."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import score_files as sf
+import torch
+from scipy import stats
+from tiny_models import CAPTIONS, resolve_folder, save_images, save_tiny_llama, save_tiny_qwen2_5_vl
+
+from layersense import config
+from layersense.calibration.database import Row
+from layersense.errors import LayersenseError
+from layersense.models.tasks import get_task
+from layersense.models.tasks.protocol import IGNORED, Batch, Sampling
+from layersense.quantization.formats import known_formats
+from layersense.recipes.baselines import random_recipes
+from layersense.recipes.decide import build_manifest
+from layersense.recipes.menu import Menu
+from layersense.verification import measure as module
+from layersense.verification.analysis import correlate, difference_interval, mean_with_interval
+from layersense.verification.measure import Measurer, kl_divergence, unit_sizes
+from layersense.verification.plan import make_plan, pick_groups
+from layersense.verification.replay import Calibration, Switchboard
+from layersense.verification.store import Before, Damage, MeasuredRecipe, Single, Verification
+from layersense.verification.table import SUMMARY_KEY, read_summary, verification_table
+
+FP8, INT8, INT4 = sf.FORMATS
+
+
+def decide(scores=None, name="mix", **scheme):
+    scheme = {"quant_formats": [FP8, INT4], "effective_bits": 6, **scheme}
+    return build_manifest(scores or sf.make_scores(), "demo", name, config.Scheme(**scheme), {})
+
+
+# --- plan ---
+
+
+def test_groups_are_spread_over_subsystems_kinds_and_scores():
+    modules, damage = {}, {}
+    for block in range(30):
+        for kind in ("mlp.down_proj", "self_attn.o_proj"):
+            name = f"model.language_model.layers.{block}.{kind}"
+            modules[name], damage[name] = ([name], 1024), 1.0 + block
+    modules["lm_head"], damage["lm_head"] = (["lm_head"], 4096), 7.0
+    manifest = decide(sf.make_scores(modules, damage), effective_bits=8)
+    picked = pick_groups(manifest, FP8, 20)
+    kinds = [manifest.layer_sensitivity[handle].kind for handle in picked]
+    assert kinds.count("lm_head") == 1
+    assert kinds.count("down") == kinds.count("o_proj") == 10
+    for kind in ("mlp.down_proj", "self_attn.o_proj"):
+        blocks = {int(handle.split(".")[3]) for handle in picked if kind in handle}
+        assert {0, 29} <= blocks
+    assert picked == [handle for handle in manifest.layer_sensitivity if handle in picked]
+
+
+def test_an_edited_budget_or_coverage_picks_the_same_groups():
+    one, other = decide(), decide(effective_bits=9, exclude=["lm_head"])
+    assert pick_groups(one, FP8, 4) == pick_groups(other, FP8, 4)
+
+
+def test_unreached_groups_are_not_verified():
+    scores = sf.make_scores()
+    sf.set_reached(scores, "model.visual", "not_called")
+    assert not any(
+        "visual" in handle for handle in pick_groups(decide(scores, effective_bits=9), FP8, 40)
+    )
+
+
+def test_a_budget_edit_keeps_what_does_not_depend_on_it():
+    def digests(bits, *roles):
+        plan = make_plan([decide(effective_bits=bits)], config.Verify())
+        return {planned.digest for planned in plan.recipes if planned.role in roles}
+
+    fixed = ("frontier", "uniform", "head_kept", "edges_kept", "rival")
+    assert digests(6, *fixed) == digests(8, *fixed)
+    assert not digests(6, "random") & digests(8, "random")
+
+
+def test_rivals_have_no_more_bits_than_what_they_are_compared_with():
+    plan = make_plan([decide()], config.Verify())
+    by_label = {planned.label: planned for planned in plan.recipes}
+    rivals = [planned for planned in plan.recipes if planned.role == "rival"]
+    assert rivals
+    for rival in rivals:
+        baseline = by_label[rival.rival_of]
+        assert rival.effective_bits <= baseline.effective_bits * (1 + 1e-9)
+        assert rival.predicted <= baseline.predicted
+
+
+def test_random_recipes_have_the_bits_and_respect_the_scheme():
+    menu = Menu.of_manifest(decide(exclude=["lm_head"], effective_bits=12))
+    recipes = random_recipes(menu, 11.5, 5, width=0.5)
+    assert recipes
+    for recipe in recipes:
+        assert abs(menu.effective_bits(menu.choice(recipe)) - 11.5) <= 0.5
+        assert recipe["lm_head.quant_recipe"] == "NONE"
+    assert all(a != b for a, b in itertools.combinations(recipes, 2))
+    assert recipes == random_recipes(menu, 11.5, 5, width=0.5)
+
+
+# --- measuring ---
+
+
+def test_kl_is_that_of_the_definition_and_keeps_its_digits():
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(7, 50, generator=generator)
+    after = before + 0.1 * torch.randn(7, 50, generator=generator)
+    p, q = (torch.softmax(x.double(), -1).numpy() for x in (before, after))
+    np.testing.assert_allclose(kl_divergence(before, after), (p * np.log(p / q)).sum(-1), rtol=1e-9)
+    # Far below float32's rounding of a log-probability.
+    tiny = before.clone()
+    tiny[:, 0] += 1e-5
+    p, q = (torch.softmax(x.double(), -1).numpy() for x in (before, tiny))
+    expected = stats.entropy(p, q, axis=-1)
+    np.testing.assert_allclose(kl_divergence(before, tiny), expected, rtol=1e-2)
+    assert expected.max() < 1e-10
+
+
+def test_kl_in_chunks_is_the_same(monkeypatch):
+    before, after = torch.randn(9, 30), torch.randn(9, 30)
+    whole = kl_divergence(before, after)
+    monkeypatch.setattr(module, "CHUNK", 60)
+    assert torch.equal(kl_divergence(before, after), whole)
+
+
+def batch_of(labels, n_samples):
+    return Batch(
+        inputs={}, labels=labels, n_tokens=1, n_samples=n_samples, n_padding=0, n_truncated=0
+    )
+
+
+def test_units_are_samples_where_positions_say_so():
+    labels = torch.tensor([[5, 6, 7, IGNORED], [IGNORED, 5, IGNORED, IGNORED]])
+    assert unit_sizes(batch_of(labels, 2), 3) == [2, 1]  # shifted by one, as language models do
+    assert unit_sizes(batch_of(labels, 2), 4) == [3, 1]  # not shifted, as encoder-decoders do
+    assert unit_sizes(batch_of(torch.tensor([3, 4, 5]), 3), 3) == [1, 1, 1]
+    assert unit_sizes(batch_of(torch.zeros(2, 4, 4), 2), 32) == [16, 16]
+    assert unit_sizes(batch_of(labels, 2), 7) == [7]
+
+
+def make_board(task_name, checkpoint, rows, sampling):
+    from test_replay import MODULES, TYPES
+
+    task = get_task(task_name)
+    loaded = task.load(checkpoint, dtype="float32", device="cpu")
+    batches = task.batches(loaded, rows, sampling, 2)
+    data = Calibration(task, batches, torch.device("cpu"), torch.float32)
+    if task_name != "causal-lm":
+        names = [
+            name
+            for name, child in loaded.model.named_modules()
+            if isinstance(child, torch.nn.Linear)
+        ]
+        modules = {f"{name}.quant_recipe": [name] for name in names}
+        types = dict.fromkeys(names, "Linear")
+    else:
+        modules, types = MODULES, TYPES
+    board = Switchboard.of(loaded.model, modules)
+    for name in (FP8, INT4):
+        board.calibrate(known_formats()[name], list(modules), types, data)
+    return board, data
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = save_tiny_llama(tmp_path_factory.mktemp("llama"))
+    rows = [Row(image_path=None, caption=text, position=i) for i, text in enumerate(CAPTIONS)]
+    sampling = Sampling(max_length=16, modality="text")
+    return make_board("causal-lm", resolve_folder(folder, "causal-lm"), rows, sampling)
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vlm")
+    images = save_images(folder, ((64, 48), (48, 64), (56, 56), (80, 64)))
+    rows = [
+        Row(image_path=path, caption=text, position=i)
+        for i, (path, text) in enumerate(zip(images, CAPTIONS, strict=False))
+    ]
+    checkpoint = resolve_folder(save_tiny_qwen2_5_vl(folder / "model"), "image-text-to-text")
+    sampling = Sampling(max_length=128, modality="image_text")
+    return make_board("image-text-to-text", checkpoint, rows, sampling)
+
+
+def measurer(fixture):
+    board, data = fixture
+    return Measurer(board, data.task, data.batches, data.device, data.dtype)
+
+
+def test_measures_are_those_of_the_definition(llama):
+    board, data = llama
+    handle = "lm_head.quant_recipe"
+    recipe = dict.fromkeys(board.modules, INT4)
+    before, alone, whole = measurer(llama).measure([(FP8, handle)], {"all": recipe})
+    for damage, switched in ((alone[FP8, handle], {handle: FP8}), (whole["all"], recipe)):
+        kl, agree, loss, correct = 0.0, 0, 0.0, 0
+        for batch in data.batches:
+            board.clear()
+            with torch.no_grad():
+                plain = data.task.forward(board.model, batch).logits[:, :-1].flatten(0, 1)
+                board.switch(switched)
+                found = data.task.forward(board.model, batch).logits[:, :-1].flatten(0, 1)
+            targets = batch.labels[:, 1:].flatten()
+            p, q = torch.log_softmax(plain.double(), -1), torch.log_softmax(found.double(), -1)
+            kl += float((p.exp() * (p - q)).sum())
+            agree += int((plain.argmax(-1) == found.argmax(-1)).sum())
+            correct += int((found.argmax(-1) == targets).sum())
+            loss -= float(q[torch.arange(len(targets)), targets].sum())
+        assert sum(damage.kl) == pytest.approx(kl, rel=1e-9)
+        assert kl > 0
+        assert sum(damage.agree) == agree
+        assert sum(damage.correct) == correct
+        assert sum(damage.loss) == pytest.approx(loss, rel=1e-5)
+    assert len(before.positions) == sum(batch.n_samples for batch in data.batches)
+    assert sum(before.positions) == sum(batch.n_tokens for batch in data.batches)
+
+
+@pytest.mark.parametrize("name", ["llama", "vlm"])
+def test_reusing_the_forward_before_a_layer_changes_nothing(name, request):
+    fixture = request.getfixturevalue(name)
+    board, _ = fixture
+    handles = list(board.modules)
+    singles = [(FP8, handle) for handle in (*handles[:3], *handles[-4:])]
+    fast = measurer(fixture)
+    _, shared, _ = fast.measure(singles, {})
+    assert fast.exact_reuse
+    slow = measurer(fixture)
+    slow.exact_reuse = False
+    _, full, _ = slow.measure(singles, {})
+    assert shared == full
+
+
+def test_reuse_skips_the_blocks_before_the_layer(llama):
+    board, data = llama
+    calls = []
+    hooks = [
+        layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
+        for index, layer in enumerate(board.model.model.layers)
+    ]
+    try:
+        runner = measurer((board, data))
+        batch = data.batches[0]
+        with module.Trace(board) as trace, torch.no_grad():
+            data.task.forward(board.model, batch)
+        assert calls == [0, 1]
+        with trace.reuse("model.layers.1.mlp.down_proj.quant_recipe"), torch.no_grad():
+            data.task.forward(runner.board.model, batch)
+        assert calls == [0, 1, 1]
+        with trace.reuse("model.layers.0.mlp.down_proj.quant_recipe"), torch.no_grad():
+            data.task.forward(runner.board.model, batch)
+        assert calls == [0, 1, 1, 0, 1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# --- analysis ---
+
+
+def test_means_are_ratios_of_sums_with_an_interval_around_them():
+    mean, low, high = mean_with_interval([2.0, 4.0, 6.0], [1, 2, 3])
+    assert (mean, low, high) == (2.0, 2.0, 2.0)
+    mean, low, high = mean_with_interval([1.0, 9.0, 5.0, 3.0], [2, 2, 2, 2])
+    assert mean == 18 / 8
+    assert low < mean < high
+    assert mean_with_interval([1.0, None], [1, 1]) == (None, None, None)
+    assert mean_with_interval([3.0], [2]) == (1.5, None, None)
+
+
+def test_paired_differences_are_tighter_than_their_parts():
+    noise = np.random.default_rng(0).uniform(1, 100, 40)
+    low, high = difference_interval(noise.tolist(), (noise + 1).tolist(), [1] * 40)
+    assert (low, high) == pytest.approx((1, 1))
+    assert difference_interval([None, 1.0], [1.0, 1.0], [1, 1]) == (-math.inf, math.inf)
+
+
+def test_correlations_agree_with_scipy():
+    random = np.random.default_rng(1)
+    x = 10 ** random.uniform(-6, 0, 40)
+    y = x * random.uniform(0.2, 5, 40)
+    found = correlate(FP8, None, x.tolist(), y.tolist())
+    assert found.spearman == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert found.kendall == pytest.approx(stats.kendalltau(x, y).statistic)
+    assert found.spearman_low < found.spearman < found.spearman_high <= 1
+    assert correlate(FP8, None, [1, 2, 3], [1, 2, 3]) is None
+    assert correlate(FP8, None, [1.0] * 9, list(range(9))) is None
+
+
+# --- the table ---
+
+
+OPTIONS = config.Verify(points=3, random=4)
+WEIGHTS = (1.1, 0.9, 1.0, 1.025)
+
+
+def measured(manifests, options, scale=lambda handle, format: 1.0):
+    """A verification in which every group does twice its score, and damages add up."""
+    plan = make_plan(manifests, options)
+    group = manifests[0].layer_sensitivity
+    positions = [3, 5, 4, 8]
+
+    def damage(per_position):
+        kl = [per_position * n * factor for n, factor in zip(positions, WEIGHTS, strict=True)]
+        return Damage(digest="x", kl=kl, agree=positions, correct=[1, 2, 2, 3], loss=[12.0, 13.0])
+
+    def of(handle, format):
+        if format == "NONE":
+            return 0.0
+        entry = group[handle]
+        index = [label.split("(")[0] for label in entry.formats].index(format)
+        return 2 * entry.scores[index] * scale(handle, format)
+
+    return Verification(
+        run="demo",
+        heldout_samples=4,
+        exact_reuse=True,
+        before=Before(
+            digest="c", positions=positions, correct=[1, 2, 3, 4], loss=[10.0, 10.0], tokens=[8, 12]
+        ),
+        singles={
+            format: {handle: Single(damage=damage(of(handle, format))) for handle in handles}
+            for format, handles in plan.singles.items()
+        },
+        recipes={
+            planned.digest: MeasuredRecipe(
+                recipe=planned.recipe,
+                damage=damage(sum(of(h, name) for h, name in planned.recipe.items())),
+            )
+            for planned in plan.recipes
+        },
+        seconds={},
+        peak_memory_bytes=0,
+        environment={},
+    )
+
+
+def test_the_table_joins_layers_and_sets_measured_beside_predicted():
+    manifest = decide()
+    found = measured([manifest], OPTIONS)
+    table = verification_table([manifest], found, OPTIONS)
+    rows = table.to_pylist()
+    before, *rest = rows
+    assert (before["kind"], before["kl"]) == ("before", 0.0)
+    assert before["perplexity"] == pytest.approx(math.exp(1.0))  # a loss of 20 over 20 tokens
+    groups = [row for row in rest if row["kind"] == "group"]
+    assert {(row["layer"], row["format"]) for row in groups} == {
+        (name, format) for name in sf.MODULES for format in (FP8, INT4)
+    }
+    for row in groups:
+        score = sf.DAMAGE[row["layer"]] * 1.005 * sf.FACTORS[row["format"]]
+        assert row["predicted"] == pytest.approx(score)
+        assert row["kl"] == pytest.approx(2 * score, rel=0.03)
+        assert row["kl_low"] <= row["kl"] <= row["kl_high"]
+        assert row["loss_difference"] == pytest.approx(0.25)
+        assert row["top1_accuracy"] == pytest.approx(8 / 20)
+    (own,) = (row for row in rest if row["role"] == "scheme")
+    assert own["sum_of_singles"] == pytest.approx(own["kl"])
+    summary = read_summary_of(table)
+    assert summary.verdicts[0].additivity == pytest.approx(1.0)
+    overall = [entry for entry in summary.correlations if entry.subsystem is None]
+    assert [entry.spearman for entry in overall] == pytest.approx([1.0, 1.0])
+    assert summary.findings == []
+    # Random recipes may hit the choice itself; what the solver chose against a baseline wins.
+    assert {duel.outcome for duel in summary.duels if duel.ours != "mix"} == {"won"}
+    assert "random recipes, whose median KL is" in summary.verdicts[0].sentence
+    assert "does better than" in summary.verdicts[0].sentence
+
+
+def read_summary_of(table):
+    import msgspec
+
+    from layersense.verification.analysis import Summary
+
+    return msgspec.json.decode(table.schema.metadata[SUMMARY_KEY], type=Summary)
+
+
+def test_a_score_that_does_not_predict_is_a_finding_and_a_lost_duel_is_told():
+    manifest = decide()
+    # Whatever scores low does the damage.
+    found = measured(
+        [manifest], OPTIONS, scale=lambda h, f: sf.DAMAGE[h.removesuffix(".quant_recipe")] ** -2
+    )
+    table = verification_table([manifest], found, OPTIONS)
+    summary = read_summary_of(table)
+    assert {finding.code for finding in summary.findings} == {"score-predicts-badly"}
+    assert any(duel.outcome == "lost" for duel in summary.duels)
+    assert "does worse than" in summary.verdicts[0].sentence
+
+
+def test_what_was_planned_and_not_measured_is_named(tmp_path):
+    manifest = decide()
+    found = measured([manifest], OPTIONS)
+    del found.singles[FP8]["lm_head.quant_recipe"]
+    (own,) = (planned for planned in make_plan([manifest], OPTIONS).recipes[:1])
+    del found.recipes[own.digest]
+    table = verification_table([manifest], found, OPTIONS)
+    summary = read_summary_of(table)
+    (finding,) = (entry for entry in summary.findings if entry.code == "not-verified")
+    assert f"such as lm_head under {FP8}" in finding.what
+    assert "not measured yet" in summary.verdicts[0].sentence
+    (tmp_path / "x.parquet").write_bytes(b"x")
+    with pytest.raises(LayersenseError, match="cannot be read as a verification"):
+        read_summary(tmp_path / "x.parquet")
+
+
+def test_damage_that_is_not_finite_has_no_mean():
+    manifest = decide()
+    found = measured([manifest], OPTIONS)
+    found.singles[FP8]["lm_head.quant_recipe"].damage.kl[1] = None
+    rows = verification_table([manifest], found, OPTIONS).to_pylist()
+    (row,) = (r for r in rows if r["layer"] == "lm_head" and r["format"] == FP8)
+    assert row["kl"] is None
+    assert json.dumps(row)
+
+
+def test_the_file_round_trips(tmp_path):
+    from layersense.manifests.schema import encode_manifest
+    from layersense.verification.store import read_verification, write_verification
+    from layersense.verification.table import write_verification_table
+
+    manifest = decide()
+    (tmp_path / "m.json").write_bytes(encode_manifest(manifest))
+    found = measured([manifest], OPTIONS)
+    write_verification(tmp_path / "v.json", found)
+    assert read_verification(tmp_path / "v.json") == found
+    for name in ("one", "two"):
+        write_verification_table(
+            [tmp_path / "m.json"], tmp_path / "v.json", OPTIONS, tmp_path / name
+        )
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert pq.read_table(tmp_path / "one").num_rows > 20
+    (tmp_path / "v.json").write_text("{}")
+    with pytest.raises(LayersenseError, match="is no verification of layersense"):
+        read_verification(tmp_path / "v.json")

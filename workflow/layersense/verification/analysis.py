@@ -1,0 +1,160 @@
+"""What the held-out rows say of scores and recipes: means, intervals, correlations (no torch)."""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from layersense.manifests.schema import Finding
+
+Floats = npt.NDArray[np.float64]
+
+RESAMPLES = 1000
+"""Bootstrap resamples, of units or of layer groups."""
+LOW, HIGH = 2.5, 97.5
+"""Percentiles of the 95 % intervals."""
+LEAST_CORRELATION = 0.9
+"""Spearman below which a score is told not to predict damage."""
+LEAST_GROUPS = 5
+"""Groups below which a correlation says nothing."""
+
+
+class Correlation(msgspec.Struct, kw_only=True):
+    """How well the order by score is the order by measured KL."""
+
+    format: str
+    subsystem: str | None
+    """None: all of them."""
+    groups: int
+    spearman: float
+    spearman_low: float
+    spearman_high: float
+    kendall: float
+    kendall_low: float
+    kendall_high: float
+
+
+class Duel(msgspec.Struct, kw_only=True):
+    """Two recipes of equal bits, measured on the same rows."""
+
+    scheme: str
+    ours: str
+    """Label of the recipe that the solver chose."""
+    theirs: str
+    bits: float
+    """Of the other recipe; ours has no more."""
+    kl_ours: float
+    kl_theirs: float
+    difference_low: float
+    """95 % interval of theirs − ours, by bootstrap over the same units."""
+    difference_high: float
+
+    @property
+    def outcome(self) -> str:
+        """``won``, ``lost``, or ``even`` where the interval of the difference holds zero."""
+        if self.difference_low > 0:
+            return "won"
+        return "lost" if self.difference_high < 0 else "even"
+
+
+class Verdict(msgspec.Struct, kw_only=True):
+    """What was found for one scheme."""
+
+    scheme: str
+    sentence: str
+    """Whether the chosen recipe beats its alternatives, in words."""
+    additivity: float | None
+    """Measured KL of the recipe / sum of the measured KL of its groups alone; None where not every
+    group was measured alone."""
+
+
+class Summary(msgspec.Struct, kw_only=True):
+    """Everything that is no row of the table."""
+
+    correlations: list[Correlation]
+    duels: list[Duel]
+    verdicts: list[Verdict]
+    findings: list[Finding]
+    heldout_samples: int
+    positions: int
+    exact_reuse: bool
+
+
+def mean_with_interval(
+    values: Sequence[float | None], weights: Sequence[int]
+) -> tuple[float | None, float | None, float | None]:
+    """Return Σ values / Σ weights with its 95 % bootstrap interval over the units.
+
+    All are None where a value is not finite, and the interval is with fewer than two units.
+    """
+    if any(value is None for value in values) or not sum(weights):
+        return None, None, None
+    found = np.array(values, dtype=float)
+    sizes = np.array(weights, dtype=float)
+    mean = float(found.sum() / sizes.sum())
+    if len(found) < 2:
+        return mean, None, None
+    ratios = _resampled(found, sizes)
+    low, high = np.percentile(ratios, [LOW, HIGH])
+    return mean, float(low), float(high)
+
+
+def difference_interval(
+    ours: Sequence[float | None], theirs: Sequence[float | None], weights: Sequence[int]
+) -> tuple[float, float]:
+    """Return the 95 % interval of (Σ theirs − Σ ours) / Σ weights over the same units.
+
+    Infinitely wide where a value is not finite or there are fewer than two units.
+    """
+    if len(weights) < 2 or any(value is None for value in (*ours, *theirs)):
+        return -np.inf, np.inf
+    difference = np.array(theirs, dtype=float) - np.array(ours, dtype=float)
+    low, high = np.percentile(_resampled(difference, np.array(weights, dtype=float)), [LOW, HIGH])
+    return float(low), float(high)
+
+
+def _resampled(values: Floats, weights: Floats) -> Floats:
+    """Return the ratio of sums in each bootstrap resample of the units."""
+    generator = np.random.default_rng(0)
+    drawn = generator.integers(0, len(values), size=(RESAMPLES, len(values)))
+    ratios: Floats = values[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
+    return ratios
+
+
+def correlate(
+    format: str, subsystem: str | None, scores: Sequence[float], damages: Sequence[float]
+) -> Correlation | None:
+    """Return the rank correlations with bootstrap intervals over the groups.
+
+    None with fewer than :data:`LEAST_GROUPS` groups, or where all values of one side are equal.
+    """
+    x, y = np.array(scores), np.array(damages)
+    if len(x) < LEAST_GROUPS or len(np.unique(x)) < 2 or len(np.unique(y)) < 2:
+        return None
+    generator = np.random.default_rng(0)
+    spearman, kendall = [], []
+    for _ in range(RESAMPLES // 2):
+        drawn = generator.integers(0, len(x), size=len(x))
+        if len(np.unique(x[drawn])) > 1 and len(np.unique(y[drawn])) > 1:
+            spearman.append(_spearman(x[drawn], y[drawn]))
+            kendall.append(float(stats.kendalltau(x[drawn], y[drawn]).statistic))
+    spearman_low, spearman_high = np.percentile(spearman, [LOW, HIGH])
+    kendall_low, kendall_high = np.percentile(kendall, [LOW, HIGH])
+    return Correlation(
+        format=format,
+        subsystem=subsystem,
+        groups=len(x),
+        spearman=_spearman(x, y),
+        spearman_low=float(spearman_low),
+        spearman_high=float(spearman_high),
+        kendall=float(stats.kendalltau(x, y).statistic),
+        kendall_low=float(kendall_low),
+        kendall_high=float(kendall_high),
+    )
+
+
+def _spearman(x: Floats, y: Floats) -> float:
+    """Return Pearson's correlation of the ranks, those of ties averaged."""
+    return float(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1])

@@ -1,0 +1,261 @@
+"""The verification job of a run: measure what is missing, keep what is there."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layersense import config
+from layersense.calibration.database import open_database
+from layersense.errors import LayersenseError
+from layersense.files import digest_json
+from layersense.manifests.read import read_own_manifest
+from layersense.manifests.schema import Manifest
+from layersense.models.checkpoints import Checkpoint, read_checkpoint
+from layersense.quantization.formats import NONE, Format, format_from_settings
+from layersense.scoring.job import leased, only_job
+from layersense.verification.plan import Plan, make_plan
+from layersense.verification.store import (
+    MeasuredRecipe,
+    Single,
+    Verification,
+    read_verification,
+    write_verification,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def verify_run(
+    run: str,
+    settings: Mapping[str, Any],
+    manifest_files: Sequence[Path],
+    *,
+    model_file: Path,
+    database_file: Path,
+    out: Path,
+    threads: int | None = None,
+) -> int:
+    """Bring a run's ``verification.json`` up to date; return how many entries were measured.
+
+    An entry is reused only where its digest, over all that determines it, matches. If all match,
+    the job ends before it imports torch or leases a GPU.
+
+    Args:
+        run: name of the run.
+        settings: what :func:`layersense.settings.verify_settings` returns.
+        manifest_files: manifests of the run's schemes.
+        model_file: record of the checkpoint.
+        database_file: calibration database.
+        out: file to bring up to date.
+        threads: CPU threads of torch; None leaves its default.
+
+    Raises:
+        LayersenseError: an input is unusable, or the model cannot be verified.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    manifests = [read_own_manifest(path) for path in manifest_files]
+    with only_job(out.with_name(f".{out.name}.lock")):
+        checkpoint = read_checkpoint(model_file)
+        with open_database(database_file) as database:
+            data_digest = database.meta["digest"]
+        context = digest_json(
+            {
+                "settings": settings["measured"],
+                "checkpoint": checkpoint.digest,
+                "dataset": data_digest,
+            }
+        )
+        plan = make_plan(manifests, config.Verify.model_validate(settings["verify"]))
+        held = _held(out, context)
+        wanted = Wanted(plan, manifests, context)
+        singles = wanted.missing_singles(held)
+        recipes = wanted.missing_recipes(held)
+        if held is None or singles or recipes:
+            logger.info("to measure: %d single groups, %d recipes", len(singles), len(recipes))
+            found = _measure(
+                run, settings["measured"], wanted, singles, recipes, checkpoint, database_file,
+                threads,
+            )  # fmt: skip
+            held = _merge(held, found, context)
+        else:
+            logger.info("all of it is measured already")
+        held.run = run
+        write_verification(out, held)
+    return len(singles) + len(recipes)
+
+
+class Wanted:
+    """What a run should have in its file, by digest."""
+
+    def __init__(self, plan: Plan, manifests: Sequence[Manifest], context: str) -> None:
+        self.context = context
+        self.formats: dict[str, Format] = {
+            name: format_from_settings(name, entry.settings["format"])
+            for manifest in manifests
+            for name, entry in manifest.run.items()
+        }
+        self._settings = {
+            name: entry.settings["format"]
+            for manifest in manifests
+            for name, entry in manifest.run.items()
+        }
+        self.modules = {
+            handle: group.module_names
+            for manifest in manifests
+            for handle, group in manifest.layer_sensitivity.items()
+        }
+        self.types = {
+            name: layer.module_type
+            for manifest in manifests
+            for name, layer in manifest.layers.items()
+        }
+        self.groups_of: dict[str, list[str]] = {name: [] for name in self.formats}
+        for manifest in manifests:
+            for handle, group in manifest.layer_sensitivity.items():
+                for text in group.formats:
+                    name = text.partition("(")[0]
+                    if name != NONE and handle not in self.groups_of[name]:
+                        self.groups_of[name].append(handle)
+        self.singles = [
+            (format, handle) for format, handles in plan.singles.items() for handle in handles
+        ]
+        self.recipes = {
+            planned.digest: {h: name for h, name in planned.recipe.items() if name != NONE}
+            for planned in plan.recipes
+        }
+
+    def single_digest(self, format: str, handle: str) -> str:
+        """Return the digest of one group under one format."""
+        return digest_json([self.context, handle, self._settings[format]])
+
+    def recipe_digest(self, recipe: Mapping[str, str]) -> str:
+        """Return the digest of a whole recipe."""
+        meant = {handle: self._settings[name] for handle, name in recipe.items()}
+        return digest_json([self.context, meant])
+
+    def missing_singles(self, held: Verification | None) -> list[tuple[str, str]]:
+        """Return format and handle of what is not held."""
+        return [
+            (format, handle)
+            for format, handle in self.singles
+            if held is None
+            or handle not in held.singles.get(format, {})
+            or held.singles[format][handle].damage.digest != self.single_digest(format, handle)
+        ]
+
+    def missing_recipes(self, held: Verification | None) -> dict[str, dict[str, str]]:
+        """Return the recipes that are not held."""
+        return {
+            digest: recipe
+            for digest, recipe in self.recipes.items()
+            if held is None
+            or digest not in held.recipes
+            or held.recipes[digest].damage.digest != self.recipe_digest(recipe)
+        }
+
+
+def _held(out: Path, context: str) -> Verification | None:
+    """Return what the file holds of the same model, rows and settings."""
+    if not out.exists():
+        return None
+    try:
+        held = read_verification(out)
+    except LayersenseError as error:
+        logger.warning("%s; it is measured again", error)
+        return None
+    return held if held.before.digest == context else None
+
+
+def _merge(held: Verification | None, found: Verification, context: str) -> Verification:
+    found.before.digest = context
+    if held is None:
+        return found
+    for format, entries in found.singles.items():
+        held.singles.setdefault(format, {}).update(entries)
+    held.recipes.update(found.recipes)
+    held.seconds, held.peak_memory_bytes = found.seconds, found.peak_memory_bytes
+    held.environment, held.exact_reuse = found.environment, found.exact_reuse
+    return held
+
+
+def _measure(
+    run: str,
+    settings: Mapping[str, Any],
+    wanted: Wanted,
+    singles: Sequence[tuple[str, str]],
+    recipes: Mapping[str, Mapping[str, str]],
+    checkpoint: Checkpoint,
+    database_file: Path,
+    threads: int | None,
+) -> Verification:
+    with leased(settings["device"]):
+        start = time.monotonic()
+        import torch
+
+        from layersense.models.tasks import get_task
+        from layersense.quantization.modelopt_formats import require_kernel
+        from layersense.scoring.environment import describe_environment, peak_memory_bytes
+        from layersense.verification.measure import Measurer
+        from layersense.verification.replay import Switchboard, calibration_of, sampling_of
+
+        seconds = {"import": time.monotonic() - start}
+        if threads:
+            torch.set_num_threads(threads)
+        torch.manual_seed(settings["sampling"]["seed"])
+        device = torch.device(settings["device"])
+        used = {format for format, _ in singles} | {
+            name for recipe in recipes.values() for name in recipe.values()
+        }
+        for name in used:
+            require_kernel(wanted.formats[name], settings["device"])
+        start = time.monotonic()
+        task = get_task(checkpoint.task)
+        loaded = task.load(checkpoint, dtype=settings["dtype"], device=device)
+        unit = task.unit(settings["modality"])
+        with open_database(database_file) as database:
+            calibration_rows = database.rows(
+                unit, "calibration", limit=settings["sampling"]["calibration_samples"]
+            )
+            heldout_rows = database.rows(unit, "heldout", limit=settings["heldout_samples"])
+        if not heldout_rows:
+            raise LayersenseError(
+                f"{database_file}: holds no held-out {unit} to verify on; set `heldout` of the "
+                "dataset"
+            )
+        calibration = calibration_of(loaded, task, calibration_rows, settings)
+        heldout = task.batches(
+            loaded, heldout_rows, sampling_of(settings), settings["sampling"]["batch_size"]
+        )
+        seconds["load"] = time.monotonic() - start
+        start = time.monotonic()
+        board = Switchboard.of(loaded.model, wanted.modules)
+        for name, format in wanted.formats.items():
+            if name in used:
+                board.calibrate(format, wanted.groups_of[name], wanted.types, calibration)
+        seconds["calibrate"] = time.monotonic() - start
+        start = time.monotonic()
+        measurer = Measurer(board, task, heldout, device, calibration.dtype)
+        before, alone, whole = measurer.measure(singles, recipes)
+        seconds["measure"] = time.monotonic() - start
+        for digest, damage in whole.items():
+            damage.digest = wanted.recipe_digest(recipes[digest])
+        entries: dict[str, dict[str, Single]] = {}
+        for (name, handle), damage in alone.items():
+            damage.digest = wanted.single_digest(name, handle)
+            entries.setdefault(name, {})[handle] = Single(damage=damage)
+        return Verification(
+            run=run,
+            heldout_samples=len(heldout_rows),
+            exact_reuse=measurer.exact_reuse,
+            before=before,
+            singles=entries,
+            recipes={
+                digest: MeasuredRecipe(recipe=dict(recipes[digest]), damage=damage)
+                for digest, damage in whole.items()
+            },
+            seconds={phase: round(value, 3) for phase, value in seconds.items()},
+            peak_memory_bytes=peak_memory_bytes(device),
+            environment=describe_environment(device),
+        )

@@ -1,0 +1,106 @@
+"""``verification.json``: what was measured on the held-out rows (no torch)."""
+
+from pathlib import Path
+
+import msgspec
+
+from layersense.errors import LayersenseError
+from layersense.files import atomic_write
+
+VERIFICATION_VERSION = 1
+"""Raised when what is measured changes, which measures everything again."""
+VERIFICATION_TABLE_VERSION = 1
+"""Raised when the table or its summary changes for the same measurements."""
+
+
+class Damage(msgspec.Struct, kw_only=True):
+    """What quantization did to the model's output.
+
+    Units are samples, or batches where a task's outputs cannot be told apart by sample.
+    """
+
+    digest: str
+    """SHA-256 over all that determines it."""
+    kl: list[float | None]
+    """KL(before ‖ after) in nats, summed over each unit; None where not finite."""
+    agree: list[int]
+    """Positions of each unit at which both models' first choice is the same."""
+    correct: list[int] | None
+    """Positions of each unit at which the first choice is the label; None without labels."""
+    loss: list[float | None]
+    """Loss of each batch, summed; None where not finite."""
+
+
+class Single(msgspec.Struct, kw_only=True):
+    """One layer group, quantized alone."""
+
+    damage: Damage
+
+
+class MeasuredRecipe(msgspec.Struct, kw_only=True):
+    """A whole recipe."""
+
+    recipe: dict[str, str]
+    """Handle → format, of the groups that it quantizes."""
+    damage: Damage
+
+
+class Before(msgspec.Struct, kw_only=True):
+    """The unquantized model on the same rows."""
+
+    digest: str
+    positions: list[int]
+    """Compared positions of each unit."""
+    correct: list[int] | None
+    loss: list[float]
+    """Of each batch, summed."""
+    tokens: list[int]
+    """Supervised tokens of each batch (samples, where there are none)."""
+
+
+class Verification(msgspec.Struct, kw_only=True):
+    """The whole file."""
+
+    schema_version: int = VERIFICATION_VERSION
+    run: str
+    heldout_samples: int
+    exact_reuse: bool
+    """Whether singles shared the forward up to the changed layer, which gave equal outputs."""
+    before: Before
+    singles: dict[str, dict[str, Single]]
+    """Format → handle → what it did alone."""
+    recipes: dict[str, MeasuredRecipe]
+    """By the recipe's digest."""
+    seconds: dict[str, float]
+    """Of the job that measured last, by phase."""
+    peak_memory_bytes: int
+    environment: dict[str, str]
+
+
+def read_verification(path: str | Path) -> Verification:
+    """Read a ``verification.json``.
+
+    Raises:
+        LayersenseError: it is missing, or none of this version.
+    """
+    try:
+        content = msgspec.json.decode(Path(path).read_bytes(), type=Verification)
+    except OSError as error:
+        raise LayersenseError(
+            f"{path}: cannot be read ({error.strerror}); run `snakemake verification_tables`"
+        ) from error
+    except msgspec.MsgspecError as error:
+        raise LayersenseError(
+            f"{path}: is no verification of layersense ({error}); delete it and verify again"
+        ) from error
+    if content.schema_version != VERIFICATION_VERSION:
+        raise LayersenseError(
+            f"{path}: has schema version {content.schema_version}, this layersense reads "
+            f"{VERIFICATION_VERSION}; delete it and verify again"
+        )
+    return content
+
+
+def write_verification(path: str | Path, content: Verification) -> None:
+    """Write a ``verification.json`` atomically."""
+    atomic_write(path, msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")

@@ -1,0 +1,31 @@
+"""Verification: one job a run, on a GPU unless the run says otherwise."""
+
+
+rule verify:
+    """Measure single groups and whole recipes on the held-out rows, where that is missing."""
+    input:
+        model=lambda wildcards: paths.model(CONFIG.runs[wildcards.run].model),
+        database=lambda wildcards: paths.calibration(CONFIG.runs[wildcards.run].dataset),
+        manifests=manifests_of_run,
+    output:
+        update(paths.verification("{run}")),
+    log:
+        paths.log("verify", "{run}"),
+    benchmark:
+        paths.benchmark("verify", "{run}")
+    conda:
+        lambda wildcards: environment("cuda" if on_gpu(wildcards) else "cpu")
+    # On a CPU the steps are many and small, and threads would mostly wait for each other.
+    threads: lambda wildcards: 4 if on_gpu(wildcards) else 1
+    resources:
+        gpu=lambda wildcards: 1 if on_gpu(wildcards) else 0,
+        mem_mb=lambda wildcards, attempt: (
+            32_000 * attempt if on_gpu(wildcards) else 8_000
+        ),
+        runtime=lambda wildcards, attempt: 240 * attempt,
+    params:
+        settings=slice_of(settings.verify_settings, "run"),
+    shell:
+        PYTHON + " -m layersense verify {wildcards.run:q} {input.manifests:q}"
+        " --settings {params.settings:q} --model {input.model:q} --database {input.database:q}"
+        " --out {output:q} --threads {threads} > {log:q} 2>&1"
