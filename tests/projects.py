@@ -135,7 +135,6 @@ STUDY: dict[str, Any] = {
             "score_samples": 8,
             "calibration_samples": 8,
             "batch_size": 2,
-            "verify": {"groups": 4, "points": 2, "random": 2},
             "max_length": 16,
             "device": "cpu",
         },

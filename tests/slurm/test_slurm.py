@@ -257,7 +257,7 @@ def test_the_study_through_sbatch(night: Night, done_study: Project) -> None:
         ours, theirs = story.project.results / name, done_study.results / name
         assert ours.read_bytes() == theirs.read_bytes()
     assert {job["JobState"] for job in story.states.values()} == {"COMPLETED"}
-    # Two databases, two scoring jobs, and one job for each scheme's solve, layers and report.
+    # Two databases, two scoring jobs, and one job for each scheme's solve and tables.
     assert len(story.states) == 2 + 2 + 3
     scores = story.rules("score")
     assert len(scores) == 2

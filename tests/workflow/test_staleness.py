@@ -12,15 +12,12 @@ pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
 SUMMARIES = {"summaries", "summary"}
 SCHEME_RULES = ("solve", "layers", "frontier", "recipe", "report")
-VERIFIED = {"llm.words"}
 VLM_SCHEMES = ("fp8", "mixed")
 
 
 def chain(run: str, *schemes: str) -> set[str]:
     """The CPU jobs of a run's schemes, and those that put all together."""
     steps = {f"{step}/{run}/{scheme}" for scheme in schemes for step in SCHEME_RULES}
-    if run in VERIFIED:
-        steps |= {f"verify/{run}", f"verification/{run}"}
     return steps | SUMMARIES
 
 
@@ -77,36 +74,65 @@ def test_a_budget_solves_its_scheme_in_its_runs_again(study: Project) -> None:
     assert scores(study, "vlm.photos") == before
 
 
-def test_a_budget_of_a_verified_run_measures_no_known_recipe(study: Project) -> None:
+VERIFYING = {"verify/llm.words", "verification/llm.words", "report/llm.words/fp8"}
+
+
+@pytest.fixture(scope="module")
+def done_verified(done_study: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The study with one run verified; not to be changed."""
+    project = done_study.copy(tmp_path_factory.mktemp("verified") / "study")
+    options = {"groups": 4, "points": 2, "random": 2}
+    project.edit(lambda config: config["runs"]["llm.words"].update(verify=options))
+    assert project.run().jobs == VERIFYING
+    return project
+
+
+@pytest.fixture
+def verified(done_verified: Project, tmp_path: Path) -> Project:
+    """A study with one verified run of one's own."""
+    return done_verified.copy(tmp_path / "study")
+
+
+def test_a_budget_of_a_verified_run_measures_no_known_recipe(verified: Project) -> None:
     def add(config: dict[str, Any]) -> None:
         config["schemes"]["other"] = {"quant_formats": ["FP8_ALL_LAYERS_CFG"], "effective_bits": 12}
         config["runs"]["llm.words"]["schemes"] = ["fp8", "other"]
 
-    before = study.json("llm.words/verification.json")
-    study.edit(add)
-    assert study.run().jobs == chain("llm.words", "other") | {"report/llm.words/fp8"}
-    both = study.json("llm.words/verification.json")
+    before = verified.json("llm.words/verification.json")
+    verified.edit(add)
+    assert verified.run().jobs == chain("llm.words", "other") | VERIFYING
+    both = verified.json("llm.words/verification.json")
     assert both["singles"] == before["singles"]
-    study.edit(lambda config: config["schemes"]["other"].update(effective_bits=10))
-    scored = scores(study, "llm.words")
-    assert study.run().jobs == chain("llm.words", "other") | {"report/llm.words/fp8"}
-    after = study.json("llm.words/verification.json")
-    assert scores(study, "llm.words") == scored
+    verified.edit(lambda config: config["schemes"]["other"].update(effective_bits=10))
+    scored = scores(verified, "llm.words")
+    assert verified.run().jobs == chain("llm.words", "other") | VERIFYING
+    after = verified.json("llm.words/verification.json")
+    assert scores(verified, "llm.words") == scored
     assert {name: after["recipes"][name] for name in both["recipes"]} == both["recipes"]
-    log = (study.results / "logs/verify/llm.words.log").read_text()
+    log = (verified.results / "logs/verify/llm.words.log").read_text()
     assert "to measure: 0 single groups" in log
 
 
-def test_more_groups_to_verify_measure_those_alone(study: Project) -> None:
-    before = study.json("llm.words/verification.json")
-    study.edit(lambda config: config["runs"]["llm.words"]["verify"].update(groups=9))
-    jobs = study.run().jobs
-    assert jobs == {"verify/llm.words", "verification/llm.words", "report/llm.words/fp8"}
-    after = study.json("llm.words/verification.json")
+def test_more_groups_to_verify_measure_those_alone(verified: Project) -> None:
+    before = verified.json("llm.words/verification.json")
+    verified.edit(lambda config: config["runs"]["llm.words"]["verify"].update(groups=9))
+    jobs = verified.run().jobs
+    assert jobs == VERIFYING
+    after = verified.json("llm.words/verification.json")
     assert after["recipes"] == before["recipes"]
     for format, groups in before["singles"].items():
         assert {handle: after["singles"][format][handle] for handle in groups} == groups
         assert len(after["singles"][format]) > len(groups)
+
+
+def test_frozen_shows_what_was_verified_and_measures_nothing(verified: Project) -> None:
+    verified.edit(lambda config: config["schemes"]["fp8"].update(effective_bits=9.0))
+    jobs = verified.run("reports", "--config", "frozen=true").jobs
+    assert "verification/llm.words" in jobs
+    assert not {job for job in jobs if job.split("/")[0] in ("score", "verify")}
+    report = (verified.results / "llm.words/fp8/layer-sensitivity-report.md").read_text()
+    assert "## Predicted against measured" in report
+    assert "is not measured, such as" in report
 
 
 def test_coverage_solves_its_scheme_again(study: Project) -> None:
@@ -255,7 +281,8 @@ def test_frozen_renders_what_is_there(study: Project) -> None:
                 file.unlink()
     outcome = study.run("reports", "--config", "frozen=true")
     assert not {job for job in outcome.jobs if job.split("/")[0] in ("score", "model", "dataset")}
-    assert chain("vlm.photos", "mixed") <= outcome.jobs
+    # The recipe of ModelOpt's is no report.
+    assert chain("vlm.photos", "mixed") - {"recipe/vlm.photos/mixed"} <= outcome.jobs
     findings = study.json("llm.words/fp8/manifest.json")["findings"]
     stale = [finding for finding in findings if finding["code"] == "measured-with-other-settings"]
     assert len(stale) == 1

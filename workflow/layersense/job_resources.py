@@ -5,6 +5,7 @@ these are what nearly always suffices, not what never fails. ``set-resources`` o
 overrides them.
 """
 
+from errno import ENOENT
 from pathlib import Path
 
 from layersense.errors import LayersenseError
@@ -22,7 +23,8 @@ def model_size_mb(model_file: str | Path) -> int:
         FileNotFoundError: it is not there yet; Snakemake asks again when it is.
     """
     if not Path(model_file).exists():
-        raise FileNotFoundError(model_file)
+        # Snakemake knows a file that is still to be made by the error's file name.
+        raise FileNotFoundError(ENOENT, "not there yet", str(model_file))
     try:
         return read_checkpoint(model_file).size_bytes // _MEGABYTE
     except LayersenseError:

@@ -20,6 +20,8 @@ rule report:
         paths.log("report", "{run}", "{scheme}"),
     benchmark:
         paths.benchmark("report", "{run}", "{scheme}")
+    # Grouped with its scheme's jobs, it would wait for a verification that waits for these.
+    localrule: True
     conda:
         environment("report")
     params:

@@ -84,6 +84,8 @@ rule verification:
         paths.log("verification", "{run}"),
     benchmark:
         paths.benchmark("verification", "{run}")
+    # Seconds, over what one job measured and all schemes of a run predict.
+    localrule: True
     conda:
         environment("report")
     params:

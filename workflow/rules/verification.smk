@@ -19,10 +19,14 @@ rule verify:
     threads: lambda wildcards: 4 if on_gpu(wildcards) else 1
     resources:
         gpu=lambda wildcards: 1 if on_gpu(wildcards) else 0,
-        mem_mb=lambda wildcards, attempt: (
-            32_000 * attempt if on_gpu(wildcards) else 8_000
+        mem_mb=lambda wildcards, input, attempt: job_resources.memory_mb(
+            job_resources.model_size_mb(input.model),
+            CONFIG.runs[wildcards.run].device,
+            attempt,
         ),
-        runtime=lambda wildcards, attempt: 240 * attempt,
+        runtime=lambda wildcards, input, attempt: job_resources.minutes(
+            job_resources.model_size_mb(input.model), attempt
+        ),
     params:
         settings=slice_of(settings.verify_settings, "run"),
     shell:
