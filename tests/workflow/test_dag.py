@@ -107,7 +107,11 @@ def test_each_run_on_a_gpu_asks_for_one(project: Project, tmp_path: Path) -> Non
     assert gpus(dag_of(project, config, tmp_path)) == {"score/demo.captions": 1}
     del config["runs"]["demo.image-text"]["device"]
     jobs = dag_of(project, config, tmp_path)
-    assert gpus(jobs) == {"score/demo.captions": 1, "score/demo.image-text": 1}
+    assert gpus(jobs) == {
+        "score/demo.captions": 1,
+        "score/demo.image-text": 1,
+        "verify/demo.image-text": 1,
+    }
 
 
 def remove_scheme(config: dict[str, Any]) -> None:
