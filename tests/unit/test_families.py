@@ -49,6 +49,9 @@ FAMILIES: dict[str, tuple[str, set[str]]] = {
     "gemma3": ("causal-lm", {"language", "head"}),
     "llava_onevision": ("image-text-to-text", {"vision", "projector", "language", "head"}),
     "qwen3_vl": ("image-text-to-text", {"vision", "projector", "language", "head"}),
+    "qwen3_moe": ("causal-lm", {"language", "head"}),
+    "mixtral": ("causal-lm", {"language", "head"}),
+    "qwen3_vl_moe": ("image-text-to-text", {"vision", "projector", "language", "head"}),
 }
 """Builder → task, subsystems."""
 BY_ROW = [name for name, (task, _) in FAMILIES.items() if task != "causal-lm"]
@@ -257,6 +260,47 @@ def test_modules_called_several_times_are_scored_by_the_fused_engine(
     result = study(shared, checkpoint(name), "object-detection")
     assert {"backbone", "head"} <= set(result.subsystems)
     assert all(score > 0 for score in result.subsystems.values())
+
+
+# Mixtures of experts
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "qwen3_vl_moe"])
+def test_experts_are_one_group_and_routers_are_listed(
+    studied: Any, checkpoint: Any, name: str
+) -> None:
+    result = studied(name)
+    model = load(checkpoint(name), FAMILIES[name][0]).model
+    experts = [name for name, module in model.named_modules() if name.endswith("mlp.experts")]
+    mixtures = {
+        group.module_names[0]: group
+        for group in result.scores.groups.values()
+        if group.kind == "experts"
+    }
+    assert list(mixtures) == experts
+    for module_name, group in mixtures.items():
+        module = model.get_submodule(module_name)
+        weights = sum(p.numel() for p in module.parameters() if p.ndim > 2)
+        assert group.n_weights == weights
+        assert group.n_experts == module.num_experts
+        router = result.scores.layers[module_name.replace(".experts", ".gate")]
+        assert router.group is None
+        assert "TopKRouter" in (router.reason or "")
+
+
+def test_experts_that_no_token_reached_are_named(shared: Path, checkpoint: Any) -> None:
+    result = study(
+        shared, checkpoint("many_experts"), "causal-lm", calibration_samples=1, score_samples=1
+    )
+    findings = result.findings("unreached-experts")
+    assert len(findings) == 2  # one a layer
+    tokens = result.scores.formats["FP8_ALL_LAYERS_CFG"].batches.tokens[0] + 1
+    for finding in findings:
+        group = result.scores.groups[f"{finding.layers[0]}.quant_recipe"]
+        assert group.n_experts == 128
+        assert 128 - tokens <= len(group.unreached_experts) < 128
+        assert f"{len(group.unreached_experts)} of 128 experts" in finding.what
+    assert not result.findings("unreached-groups")
 
 
 # What a loss misses

@@ -335,3 +335,34 @@ def _qwen3_vl_parts() -> tuple[Any, dict[str, Any], Any]:
 def qwen3_vl(folder: Path) -> Path:
     processor, keys, _ = _qwen3_vl_parts()
     return save(folder, hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(**keys)), processor)
+
+
+# Mixtures of experts
+
+
+def qwen3_moe(folder: Path, experts: int = 6, chosen: int = 2) -> Path:
+    words = tokenizer()
+    config = hf.Qwen3MoeConfig(
+        **_decoder(words), num_experts=experts, num_experts_per_tok=chosen,
+        moe_intermediate_size=32, decoder_sparse_step=1, norm_topk_prob=True,
+    )  # fmt: skip
+    return save(folder, hf.Qwen3MoeForCausalLM(config), words)
+
+
+def many_experts(folder: Path) -> Path:
+    """More experts than a short text has tokens."""
+    return qwen3_moe(folder, experts=128, chosen=1)
+
+
+def mixtral(folder: Path) -> Path:
+    words = tokenizer()
+    config = hf.MixtralConfig(**_decoder(words), num_local_experts=4, num_experts_per_tok=2)
+    return save(folder, hf.MixtralForCausalLM(config), words)
+
+
+def qwen3_vl_moe(folder: Path) -> Path:
+    processor, keys, _ = _qwen3_vl_parts()
+    text = {**keys["text_config"], "num_experts": 4, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32}  # fmt: skip
+    config = hf.Qwen3VLMoeConfig(**{**keys, "text_config": text})
+    return save(folder, hf.Qwen3VLMoeForConditionalGeneration(config), processor)

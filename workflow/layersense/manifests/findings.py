@@ -20,6 +20,8 @@ HIGH_PADDING = 0.5
 """Share of padding positions above which a batch is mostly padding."""
 UNSTABLE = 0.5
 """Probability of another top set above which the ranking is called noisy."""
+MAX_EXPERTS = 8
+"""How many experts one sentence names."""
 MAX_REASONS = 3
 """How many differing settings one sentence names."""
 
@@ -163,6 +165,27 @@ def unreached(evidence: Evidence) -> Iterator[Finding]:
                     fix=fix,
                     layers=_strip(concerned),
                 )
+
+
+def unreached_experts(evidence: Evidence) -> Iterator[Finding]:
+    """Some experts of a mixture saw no token, and share a score with those that did."""
+    for handle, group in evidence.scores.groups.items():
+        missed = group.unreached_experts
+        if not missed or evidence.manifest.layer_sensitivity[handle].reached != "scored":
+            continue
+        named = ", ".join(map(str, missed[:MAX_EXPERTS]))
+        more = f" and {len(missed) - MAX_EXPERTS} more" if len(missed) > MAX_EXPERTS else ""
+        yield Finding(
+            code="unreached-experts",
+            severity="warning",
+            what=f"{len(missed)} of {group.n_experts} experts of {handle.removesuffix(SUFFIX)} "
+            f"saw no scored token: {named}{more}.",
+            why="ModelOpt makes all experts of a layer one group, whose score is that of the "
+            "experts the data reached; of the others nothing is known.",
+            fix="Raise score_samples or max_length, or use more varied data, before the group is "
+            "quantized by this score.",
+            layers=_strip([handle]),
+        )
 
 
 def measured_zero(evidence: Evidence) -> Iterator[Finding]:
@@ -410,6 +433,7 @@ DETECTORS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     other_settings,
     subsystem_at_zero,
     unreached,
+    unreached_experts,
     measured_zero,
     few_batches,
     noisy_ranking,

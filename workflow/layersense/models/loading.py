@@ -8,6 +8,7 @@ from torch import nn
 
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
+from layersense.models.experts import watch_experts
 
 
 def load_model(
@@ -46,6 +47,7 @@ def load_model(
     warnings = warn_unexpected(checkpoint, type(model).__name__, sorted(info["unexpected_keys"]))
     model = model.to(device).eval()
     check_finite(checkpoint, model)
+    watch_experts(model)
     return model, warnings
 
 

@@ -7,6 +7,7 @@ from modelopt.torch.quantization.algorithms import QuantRecipeHparam
 from modelopt.torch.quantization.nn import QuantModule
 from torch import nn
 
+from layersense.models.experts import unreached_experts
 from layersense.models.tasks.protocol import Task
 from layersense.scoring.scores import Group, Layer
 
@@ -62,12 +63,15 @@ def take_inventory(
     for handle, hparam in hparams.items():
         names = list(hparam.quant_module_names)
         layer = task.describe(names)
+        n_experts, unreached = unreached_experts(model, names) or (None, [])
         groups[handle] = Group(
             module_names=names,
             n_weights=sum(layers[name].n_weights for name in names),
             subsystem=layer.subsystem,
             block=layer.block,
             kind=layer.kind,
+            n_experts=n_experts,
+            unreached_experts=unreached,
         )
     return Inventory(layers=layers, groups=groups)
 

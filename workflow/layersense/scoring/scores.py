@@ -40,6 +40,10 @@ class Group(msgspec.Struct, kw_only=True):
     subsystem: str
     block: int | None
     kind: str
+    n_experts: int | None = None
+    """How many experts it holds; None if it is no mixture of experts."""
+    unreached_experts: list[int] = []
+    """Numbers of the experts that no scored token was sent to."""
 
 
 class GroupScore(msgspec.Struct, kw_only=True):
