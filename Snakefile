@@ -14,6 +14,9 @@ if not workflow.overwrite_configfiles:
 include: "workflow/rules/common.smk"
 
 
+report: "workflow/templates/captions/workflow.rst"
+
+
 # Under `frozen: true` nothing is measured: the rules that could are not even there.
 if not CONFIG.frozen:
 

@@ -437,3 +437,32 @@ def test_the_file_round_trips(tmp_path):
     (tmp_path / "v.json").write_text("{}")
     with pytest.raises(LayersenseError, match="is no verification of layersense"):
         read_verification(tmp_path / "v.json")
+
+
+def test_the_html_report_shows_measured_beside_predicted(tmp_path, repository):
+    from result_files import write_result
+
+    from layersense.reports.html import write_page
+
+    place = write_result(tmp_path)
+    pq.write_table(
+        verification_table([decide()], measured([decide()], OPTIONS), OPTIONS),
+        tmp_path / "verification.parquet",
+    )
+    (tmp_path / "vega.js").write_text("")
+    write_page(
+        place / "layers.parquet",
+        config.Report(),
+        repository / "workflow/templates/report.html.j2",
+        tmp_path / "vega.js",
+        place / "report.html",
+        place / "figures",
+        place / "frontier.parquet",
+        tmp_path / "verification.parquet",
+    )
+    text = (place / "report.html").read_text()
+    summary = read_summary(tmp_path / "verification.parquet")
+    assert summary.verdicts[0].sentence.split(",")[0] in text
+    assert "KL on held-out rows" in text
+    assert "not measured" not in text
+    assert "FP8, all" in text

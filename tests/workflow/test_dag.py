@@ -20,7 +20,7 @@ Jobs = dict[str, dict[str, str]]
 EXAMPLES = sorted(
     path.name for path in (Path(__file__).parents[2] / "config" / "examples").glob("*.yaml")
 )
-SCHEME_RULES = ("solve", "layers", "frontier", "recipe", "report")
+SCHEME_RULES = ("solve", "layers", "frontier", "recipe", "report", "page")
 MEASURING = {"dataset", "model", "score", "scores", "verify"}
 
 
@@ -68,7 +68,7 @@ def dag_of(project: Project, config: dict[str, Any], folder: Path) -> Jobs:
 
 def expected(config: dict[str, Any]) -> set[str]:
     """Return the jobs of a config by its own text."""
-    jobs = {"all", "summaries", "summary"}
+    jobs = {"all", "summaries", "summary", "index", "scripts"}
     for name, run in config["runs"].items():
         jobs |= {f"dataset/{run['dataset']}", f"model/{run['model']}", f"score/{name}"}
         if run.get("verify") is not None:
@@ -198,7 +198,9 @@ def test_targets_plan_what_they_need(project: Project) -> None:
         return {job for job in jobs if job.split("/")[0] in rules}
 
     assert set(dag(project, "scores")) == of("dataset", "model", "score") | {"scores"}
-    beside = of("report", "summary", "recipe", "verify", "verification")
+    beside = of(
+        *("report", "page", "summary", "index", "scripts"), "recipe", "verify", "verification"
+    )
     assert set(dag(project, "tables")) == jobs - beside | {"tables"}
     assert set(dag(project, "reports")) == jobs - of("recipe") | {"reports"}
 

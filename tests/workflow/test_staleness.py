@@ -1,6 +1,7 @@
 """The staleness table: each edit, then Snakemake for real, then exactly the jobs that ran."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from conftest import Project
 
 pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
-SUMMARIES = {"summaries", "summary"}
-SCHEME_RULES = ("solve", "layers", "frontier", "recipe", "report")
+SUMMARIES = {"summaries", "summary", "index"}
+SCHEME_RULES = ("solve", "layers", "frontier", "recipe", "report", "page")
 VLM_SCHEMES = ("fp8", "mixed")
 
 
@@ -21,8 +22,11 @@ def chain(run: str, *schemes: str) -> set[str]:
     return steps | SUMMARIES
 
 
-def reports() -> set[str]:
-    return {"report/vlm.photos/fp8", "report/vlm.photos/mixed", "report/llm.words/fp8"}
+def each_scheme(rule: str) -> set[str]:
+    return {f"{rule}/{name}" for name in ("vlm.photos/fp8", "vlm.photos/mixed", "llm.words/fp8")}
+
+
+PAGES = each_scheme("report") | each_scheme("page") | {"summary", "index"}
 
 
 def scores(project: Project, run: str) -> dict[str, Any]:
@@ -37,6 +41,7 @@ def test_first_run_does_everything(done_study: Project) -> None:
         "dataset/words",
         "model/vlm",
         "model/llm",
+        "scripts",
         "score/vlm.photos",
         "score/llm.words",
         *chain("vlm.photos", *VLM_SCHEMES),
@@ -50,21 +55,31 @@ def test_nothing_edited_runs_nothing(study: Project) -> None:
     assert "Nothing to be done" in outcome.output
 
 
-def test_a_report_template_renders_reports_alone(study: Project) -> None:
-    template = study.root / "workflow/templates/layer-sensitivity-report.md.j2"
-    template.write_text(template.read_text() + "\nAn edit.\n")
-    assert study.run().jobs == reports()
+@pytest.mark.parametrize(
+    ("template", "jobs"),
+    [
+        ("layer-sensitivity-report.md.j2", each_scheme("report")),
+        ("report.html.j2", each_scheme("page")),
+        ("report.js", each_scheme("page")),
+        ("index.html.j2", {"index"}),
+        ("page.css", each_scheme("page") | {"index"}),
+    ],
+)
+def test_a_template_renders_its_pages_alone(study: Project, template: str, jobs: set[str]) -> None:
+    file = study.root / "workflow/templates" / template
+    file.write_text(file.read_text() + "\n")
+    assert study.run().jobs == jobs
 
 
 def test_a_report_module_renders_pages_alone(study: Project) -> None:
     module = study.root / "workflow/layersense/reports/markdown.py"
     module.write_text(module.read_text() + "\n# An edit.\n")
-    assert study.run().jobs == reports() | {"summary"}
+    assert study.run().jobs == PAGES
 
 
 def test_a_report_option_renders_pages_alone(study: Project) -> None:
     study.edit(lambda config: config.update(report={"top": 3}))
-    assert study.run().jobs == reports() | {"summary"}
+    assert study.run().jobs == PAGES
 
 
 def test_a_budget_solves_its_scheme_in_its_runs_again(study: Project) -> None:
@@ -261,9 +276,21 @@ def test_a_model_moved_measures_its_runs(study: Project) -> None:
     assert study.run().jobs == {"model/llm", "score/llm.words", *chain("llm.words", "fp8")}
 
 
-def test_one_deleted_report_is_rendered_alone(study: Project) -> None:
-    (study.results / "vlm.photos/fp8/layer-sensitivity-report.md").unlink()
-    assert study.run().jobs == {"report/vlm.photos/fp8"}
+@pytest.mark.parametrize(
+    ("page", "job"),
+    [
+        ("vlm.photos/fp8/layer-sensitivity-report.md", "report/vlm.photos/fp8"),
+        ("vlm.photos/fp8/report.html", "page/vlm.photos/fp8"),
+        ("vlm.photos/fp8/figures/depth.png", "page/vlm.photos/fp8"),
+        ("index.html", "index"),
+    ],
+)
+def test_one_deleted_page_is_rendered_alone(study: Project, page: str, job: str) -> None:
+    file = study.results / page
+    before = file.read_bytes()
+    file.unlink()
+    assert study.run().jobs == {job}
+    assert file.read_bytes() == before
 
 
 def test_an_edited_rule_costs_no_score(study: Project) -> None:
@@ -291,8 +318,7 @@ def test_frozen_renders_what_is_there(study: Project) -> None:
 
 def test_frozen_names_what_is_missing(study: Project) -> None:
     (study.results / "llm.words/scores.json").unlink()
-    for file in (study.results / "llm.words/fp8").iterdir():
-        file.unlink()
+    shutil.rmtree(study.results / "llm.words/fp8")
     outcome = study.run("reports", "--config", "frozen=true", check=False)
     assert outcome.returncode != 0
     assert outcome.jobs == set()

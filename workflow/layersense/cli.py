@@ -40,6 +40,7 @@ Settings = Annotated[
 Out = Annotated[Path, typer.Option(help="File to write.")]
 Manifest = Annotated[Path, typer.Option(help="Manifest of one scheme.")]
 Template = Annotated[Path, typer.Option(help="Jinja2 template.")]
+Scripts = Annotated[Path, typer.Option(help="What `layersense scripts` wrote.")]
 
 RULES = "Steps of the workflow"
 PEOPLE = "For people"
@@ -219,6 +220,50 @@ def report(
 
 
 @app.command(rich_help_panel=RULES)
+def scripts(out: Out) -> None:
+    """Write the chart library that every page inlines."""
+    from layersense.reports.charts import write_scripts
+
+    write_scripts(out)
+
+
+@app.command(rich_help_panel=RULES)
+def page(
+    layers: Annotated[Path, typer.Option(help="Table of the scheme.")],
+    settings: Settings,
+    template: Template,
+    scripts: Scripts,
+    out: Out,
+    figures: Annotated[Path, typer.Option(help="Folder for the figures as SVG and PNG.")],
+    frontier: Annotated[Path | None, typer.Option(help="Recipes of the scheme.")] = None,
+    verification: Annotated[
+        Path | None, typer.Argument(help="Table of the run's verification, if it is verified.")
+    ] = None,
+) -> None:
+    """Render the HTML report of one scheme, and its figures."""
+    from layersense.config import Report
+    from layersense.reports.html import write_page
+
+    options = Report.model_validate(settings)
+    write_page(layers, options, template, scripts, out, figures, frontier, verification)
+
+
+@app.command(rich_help_panel=RULES)
+def index(
+    runs: Annotated[Path, typer.Option(help="Table of runs.")],
+    sensitivity: Annotated[Path, typer.Option(help="Table of all layers.")],
+    settings: Settings,
+    template: Template,
+    out: Out,
+) -> None:
+    """Render the HTML page that shows and compares all runs and schemes."""
+    from layersense.config import Report
+    from layersense.reports.index import write_index
+
+    write_index(runs, sensitivity, Report.model_validate(settings), template, out)
+
+
+@app.command(rich_help_panel=RULES)
 def summary(
     runs: Annotated[Path, typer.Option(help="Table of runs.")],
     sensitivity: Annotated[Path, typer.Option(help="Table of all layers.")],
@@ -314,6 +359,77 @@ def validate(files: Annotated[list[Path], typer.Argument(help="Manifests.")]) ->
         for problem in problems or [f"{file}: ok"]:
             typer.echo(problem)
     raise typer.Exit(1 if bad else 0)
+
+
+def _complete_result(incomplete: str) -> list[str]:
+    from layersense.reports.terminal import known_results
+
+    return list(known_results(incomplete))
+
+
+ResultName = Annotated[
+    str,
+    typer.Argument(
+        help="run/scheme in results/, a folder, a layers.parquet or a manifest of any generation.",
+        autocompletion=_complete_result,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+@app.command(rich_help_panel=PEOPLE)
+def show(
+    result: ResultName,
+    sort: Annotated[
+        Literal["score", "damage-per-mb"],
+        typer.Option(help="By the worst score, or by the score for each MB that quantizing saves."),
+    ] = "score",
+    top: Annotated[int, typer.Option(min=1, help="Layer groups to list.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Show a result: recipe, totals, findings, most sensitive layers.
+
+    Exit codes: 0 shown, 1 it cannot be read, 2 wrong usage.
+
+    \b
+    Examples:
+      layersense show demo.image-text/int4_fp8_all_layers --sort damage-per-mb
+      layersense show old-manifest.json --top 3 --json | jq .layers[0].layer
+    """  # noqa: D301
+    from rich.console import Console
+
+    from layersense.reports.terminal import find_result
+    from layersense.reports.terminal import show as print_result
+
+    print_result(find_result(result), sort, top, as_json, Console())
+
+
+@app.command(rich_help_panel=PEOPLE)
+def diff(
+    a: ResultName,
+    b: ResultName,
+    as_json: AsJson = False,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="Exit with 3 if they differ beyond noise.")
+    ] = False,
+) -> None:
+    """Compare two results: rank correlation, what moved, which choices changed.
+
+    Exit codes: 0 compared, 1 one cannot be read, 2 wrong usage; with --exit-code, 3 where the
+    rankings differ by more than the noise of the scores.
+
+    \b
+    Examples:
+      layersense diff demo.captions/fp8_language demo.image-text/int8_all_layers
+      layersense diff old/layers.parquet new/layers.parquet --exit-code
+    """  # noqa: D301
+    from rich.console import Console
+
+    from layersense.reports.terminal import DIFFERENT, find_result
+    from layersense.reports.terminal import diff as print_diff
+
+    found = print_diff(find_result(a), find_result(b), as_json, Console())
+    raise typer.Exit(DIFFERENT if exit_code and found.exceeds_noise else 0)
 
 
 def _quiet() -> None:

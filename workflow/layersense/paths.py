@@ -13,6 +13,7 @@ RESERVED_RUNS = frozenset(
         "models",
         "logs",
         "benchmarks",
+        "assets",
         "sensitivity.parquet",
         "runs.parquet",
         "index.html",
@@ -91,6 +92,26 @@ def imported(name: str) -> str:
 def imported_layers(name: str) -> str:
     """Return the tidy table of an imported manifest."""
     return f"{RESULTS}/imported/{name}.parquet"
+
+
+def report_page(run: str, scheme: str) -> str:
+    """Return the HTML report of one scheme."""
+    return f"{RESULTS}/{run}/{scheme}/report.html"
+
+
+def figure(run: str, scheme: str, name: str) -> str:
+    """Return a figure of one scheme's report: ``depth.svg``."""
+    return f"{RESULTS}/{run}/{scheme}/figures/{name}"
+
+
+def scripts() -> str:
+    """Return the chart library that every page inlines."""
+    return f"{RESULTS}/assets/vega.js"
+
+
+def index() -> str:
+    """Return the HTML page that shows all runs and schemes side by side."""
+    return f"{RESULTS}/index.html"
 
 
 def sensitivity() -> str:

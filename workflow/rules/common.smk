@@ -71,6 +71,18 @@ def per_scheme(path):
     ]
 
 
+FIGURES = [
+    f"{name}.{kind}"
+    for name in ("depth", "heatmap", "frontier")
+    for kind in ("svg", "png")
+]
+
+
+def figure(name):
+    """Return a function from run and scheme to the path of a figure."""
+    return lambda run, scheme: paths.figure(run, scheme, name)
+
+
 def targets(stage):
     """Return the final files of a stage, the one place that names them."""
     return {
@@ -87,7 +99,13 @@ def targets(stage):
             for run, entry in CONFIG.runs.items()
             if entry.verify
         ],
-        "reports": [*per_scheme(paths.report_markdown), paths.summary()],
+        "reports": [
+            *per_scheme(paths.report_markdown),
+            *per_scheme(paths.report_page),
+            *[file for name in FIGURES for file in per_scheme(figure(name))],
+            paths.summary(),
+            paths.index(),
+        ],
     }[stage]
 
 
@@ -157,11 +175,29 @@ def cost_table(wildcards):
     return [table.file] if table else []
 
 
-def render_inputs(template):
-    """Return a template and the modules that render it: an edit of either re-renders."""
+def render_inputs(template, *parts):
+    """Return a template, what it includes, and the modules that render it.
+
+    An edit of any of them re-renders.
+    """
     return {
         "template": str(WORKFLOW / "templates" / template),
+        "parts": [str(WORKFLOW / "templates" / part) for part in parts],
         "modules": sorted(
             str(path) for path in (WORKFLOW / "layersense/reports").glob("*.py")
         ),
+    }
+
+
+def category(wildcards):
+    """Return under which heading a page stands in `snakemake --report`: its model."""
+    return CONFIG.runs[wildcards.run].model
+
+
+def labels(page):
+    """Return a function of the wildcards for the labels of a page in `snakemake --report`."""
+    return lambda wildcards: {
+        "model": category(wildcards),
+        "scheme": wildcards.scheme,
+        "page": page,
     }

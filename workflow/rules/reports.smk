@@ -1,4 +1,4 @@
-"""Reports: Markdown for one scheme and for all side by side."""
+"""Reports: pages and figures for one scheme, pages for all side by side."""
 
 
 rule report:
@@ -13,8 +13,9 @@ rule report:
         report(
             paths.report_markdown("{run}", "{scheme}"),
             caption="../templates/captions/report.rst",
-            category="{run}",
-            labels={"scheme": "{scheme}", "page": "report"},
+            category=category,
+            subcategory="{run}",
+            labels=labels("Markdown report"),
         ),
     log:
         paths.log("report", "{run}", "{scheme}"),
@@ -34,6 +35,108 @@ rule report:
         " > {log:q} 2>&1"
 
 
+rule scripts:
+    """The chart library, bundled once for all pages."""
+    input:
+        pins=str(WORKFLOW.parent / "envs" / "report.txt"),
+    output:
+        paths.scripts(),
+    log:
+        paths.log("scripts"),
+    benchmark:
+        paths.benchmark("scripts")
+    localrule: True
+    conda:
+        environment("report")
+    shell:
+        f"{PYTHON} -m layersense scripts --out {{output:q}} > {{log:q}} 2>&1"
+
+
+rule page:
+    """The HTML report of one scheme, and its figures."""
+    input:
+        **render_inputs("report.html.j2", "page.css", "page.js", "report.js"),
+        layers=paths.layers("{run}", "{scheme}"),
+        frontier=paths.frontier("{run}", "{scheme}"),
+        verification=verification_of_run,
+        scripts=paths.scripts(),
+    output:
+        page=report(
+            paths.report_page("{run}", "{scheme}"),
+            caption="../templates/captions/page.rst",
+            category=category,
+            subcategory="{run}",
+            labels=labels("interactive report"),
+        ),
+        depth=report(
+            paths.figure("{run}", "{scheme}", "depth.svg"),
+            caption="../templates/captions/depth.rst",
+            category=category,
+            subcategory="{run}",
+            labels=labels("sensitivity along depth"),
+        ),
+        heatmap=report(
+            paths.figure("{run}", "{scheme}", "heatmap.svg"),
+            caption="../templates/captions/heatmap.rst",
+            category=category,
+            subcategory="{run}",
+            labels=labels("heat map"),
+        ),
+        frontier=report(
+            figure("frontier.svg")("{run}", "{scheme}"),
+            caption="../templates/captions/frontier.rst",
+            category=category,
+            subcategory="{run}",
+            labels=labels("frontier"),
+        ),
+        png=[figure(name)("{run}", "{scheme}") for name in FIGURES if "png" in name],
+    log:
+        paths.log("page", "{run}", "{scheme}"),
+    benchmark:
+        paths.benchmark("page", "{run}", "{scheme}")
+    # As its Markdown sibling.
+    localrule: True
+    conda:
+        environment("report")
+    params:
+        settings=slice_of(settings.report_settings),
+        figures=paths.figure("{run}", "{scheme}", ""),
+    shell:
+        PYTHON
+        + " -m layersense page {input.verification:q} --layers {input.layers:q} --frontier {input.frontier:q}"
+        " --settings {params.settings:q} --template {input.template:q} --scripts {input.scripts:q} --out {output.page:q}"
+        " --figures {params.figures:q} > {log:q} 2>&1"
+
+
+rule index:
+    """All runs and schemes side by side, any two of them compared."""
+    input:
+        **render_inputs("index.html.j2", "page.css", "page.js", "index.js"),
+        runs=paths.runs(),
+        sensitivity=paths.sensitivity(),
+    output:
+        report(
+            paths.index(),
+            caption="../templates/captions/index.rst",
+            category="All runs",
+            labels={"page": "all runs, compared"},
+        ),
+    log:
+        paths.log("index"),
+    benchmark:
+        paths.benchmark("index")
+    localrule: True
+    conda:
+        environment("report")
+    params:
+        settings=slice_of(settings.report_settings),
+    shell:
+        PYTHON
+        + " -m layersense index --runs {input.runs:q} --sensitivity {input.sensitivity:q}"
+        " --settings {params.settings:q} --template {input.template:q} --out {output:q}"
+        " > {log:q} 2>&1"
+
+
 rule summary:
     """All runs and schemes side by side."""
     input:
@@ -45,7 +148,7 @@ rule summary:
             paths.summary(),
             caption="../templates/captions/summary.rst",
             category="All runs",
-            labels={"page": "summary"},
+            labels={"page": "summary, Markdown"},
         ),
     log:
         paths.log("summary"),

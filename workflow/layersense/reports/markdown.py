@@ -1,7 +1,7 @@
 """Markdown reports: one for each scheme, and the page that shows them side by side."""
 
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import msgspec
 from layersense import config, paths
 from layersense.files import atomic_write
 from layersense.manifests.read import read_own_manifest
-from layersense.manifests.schema import SUFFIX, FormatRun, Manifest, plain_name
+from layersense.manifests.schema import SUFFIX, Budget, FormatRun, Manifest, plain_name
 from layersense.quantization.formats import NONE
 from layersense.reports.result import Group, Result, Score, read_result, read_table
 from layersense.reports.text import Markdown, bits, code, escape, join, number, render
@@ -56,7 +56,9 @@ def write_report(
     frontier = read_table(frontier_path, columns=FRONTIER_COLUMNS).to_pylist()
     context = report_context(manifest, read_result(layers_path), frontier, report)
     if verification_path is not None:
-        context["verification"] = verification_context(manifest, verification_path)
+        context["verification"] = verification_context(
+            manifest.scheme.name, manifest.run, verification_path
+        )
     atomic_write(out, render(template, context))
 
 
@@ -118,7 +120,7 @@ def report_context(
             for group, entry in result.most_damage_per_mb()[: report.top]
         ],
         "per": score_unit(result.modality),
-        "budget": _budget(manifest),
+        "budget": budget_text(manifest.autoquant_state.budget),
         "recipes": _recipes(frontier),
         "flips": _flips(manifest),
         "verification": None,
@@ -126,14 +128,14 @@ def report_context(
     }
 
 
-def verification_context(manifest: Manifest, path: Path) -> dict[str, Any]:
+def verification_context(scheme: str, formats: Collection[str], path: Path) -> dict[str, Any]:
     """Return what the template of a report may print of its run's verification.
 
     Args:
-        manifest: the manifest.
+        scheme: name of the scheme.
+        formats: its formats.
         path: ``verification.parquet`` of its run.
     """
-    scheme = manifest.scheme.name
     summary = read_summary(path)
     rows = read_table(path, filters=[("kind", "=", "recipe"), ("scheme", "=", scheme)])
     recipes = rows.to_pylist()
@@ -141,7 +143,7 @@ def verification_context(manifest: Manifest, path: Path) -> dict[str, Any]:
     return {
         "summary": summary,
         "verdict": next(entry for entry in summary.verdicts if entry.scheme == scheme),
-        "correlations": [entry for entry in summary.correlations if entry.format in manifest.run],
+        "correlations": [entry for entry in summary.correlations if entry.format in formats],
         "recipes": sorted(
             (row for row in recipes if row["role"] not in ("random", "rival")),
             key=lambda row: row["effective_bits"],
@@ -236,9 +238,8 @@ def _recipe(result: Result) -> Markdown:
     )
 
 
-def _budget(manifest: Manifest) -> str:
+def budget_text(budget: Budget) -> str:
     """Return the budget as asked."""
-    budget = manifest.autoquant_state.budget
     if budget.kind == "bits":
         return f"{bits(budget.limit)} bits"
     return f"{number(budget.limit)} {budget.unit}"

@@ -1,5 +1,6 @@
 """One result as reports read it: the groups of a ``layers.parquet`` and what its metadata says."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -278,6 +279,71 @@ class Result:
             damage=damage,
             complete=complete,
         )
+
+
+@dataclass(frozen=True)
+class Point:
+    """One recipe of a ``frontier.parquet``."""
+
+    kind: str
+    label: str
+    bits: float
+    bytes: float
+    damage: float
+    low: float
+    high: float
+    """Ends of the 95 % interval of ``damage``."""
+    gap: float
+    """How much less damage another choice could do at most, as a share of this one's."""
+    knee: bool
+    formats: list[str]
+    """Of each group, in the order of the frontier's handles."""
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The recipes of a scheme over all budgets, with baselines."""
+
+    handles: list[str]
+    points: list[Point]
+
+    def recipe(self, point: Point) -> dict[str, str]:
+        """Return the handle of each group → its format."""
+        return dict(zip(self.handles, point.formats, strict=True))
+
+
+def read_frontier(path: Path) -> Frontier:
+    """Read a ``frontier.parquet``.
+
+    Raises:
+        LayersenseError: it is missing, or no such table.
+    """
+    table = read_table(path)
+    try:
+        handles = json.loads(table.schema.metadata[b"layersense.handles"])
+        points = [
+            Point(
+                kind=row["kind"],
+                label=plain(row["label"]),
+                bits=row["effective_bits"],
+                bytes=row["searched_bytes"],
+                damage=row["predicted_damage"],
+                low=row["damage_low"] if row["damage_low"] is not None else row["predicted_damage"],
+                high=row["damage_high"]
+                if row["damage_high"] is not None
+                else row["predicted_damage"],
+                gap=row["gap"],
+                knee=row["knee"],
+                formats=row["recipe"],
+            )
+            for row in table.to_pylist()
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise LayersenseError(
+            f"{path}: has other columns than this layersense writes; delete it and run "
+            "`snakemake` again"
+        ) from error
+    return Frontier([plain(handle) for handle in handles], points)
 
 
 def read_result(path: Path) -> Result:

@@ -79,6 +79,14 @@ def count(value: float | None) -> str:
     return "–" if value is None else f"{int(value):,}"
 
 
+def short_format(name: str) -> str:
+    """Return a format's name without the ending that every config of ModelOpt has."""
+    for ending in ("_ALL_LAYERS_CFG", "_DEFAULT_CFG", "_CFG"):
+        if name.endswith(ending) and name != ending:
+            return name.removesuffix(ending)
+    return name
+
+
 def join(items: Sequence[str]) -> Markdown:
     """Return escaped items as ``a, b and c``."""
     parts = [escape(item) for item in items]

@@ -1,0 +1,398 @@
+"""HTML pages and figures as files: what they say, that they are one file, and inert."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import msgspec
+import pytest
+import result_files as rf
+import score_files as sf
+from PIL import Image
+from result_files import FP8, INT4
+
+from layersense import config
+from layersense.errors import LayersenseError
+from layersense.reports.charts import SMALL, write_scripts
+from layersense.reports.html import page_context, write_page
+from layersense.reports.index import index_context, read_results, write_index
+from layersense.reports.page import inline_script, pack
+from layersense.reports.result import Result, read_frontier, read_result, read_table, tail
+
+FIGURES = {f"{name}.{kind}" for name in ("depth", "heatmap", "frontier") for kind in ("svg", "png")}
+
+
+class Page(HTMLParser):
+    """The text a reader sees, the tags, and the embedded JSON."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.words, self.json, self.attributes = [], [], {}, []
+        self._inside, self._id = [], None
+        self.feed(source)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag in ("script", "style"):
+            self._inside.append(tag)
+            self._id = dict(attrs).get("id")
+
+    def handle_endtag(self, tag):
+        if self._inside and tag == self._inside[-1]:
+            self._inside.pop()
+            self._id = None
+
+    def handle_data(self, data):
+        if self._id:
+            self.json[self._id] = json.loads(data)
+        elif not self._inside:
+            self.words.append(data)
+
+
+@pytest.fixture(scope="session")
+def scripts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("assets") / "vega.js"
+    write_scripts(path)
+    return path
+
+
+@pytest.fixture
+def templates(repository):
+    return repository / "workflow" / "templates"
+
+
+@pytest.fixture
+def render(templates, scripts):
+    def _render(place, frontier=True, **options):
+        write_page(
+            place / "layers.parquet",
+            config.Report(**options),
+            templates / "report.html.j2",
+            scripts,
+            place / "report.html",
+            place / "figures",
+            place / "frontier.parquet" if frontier else None,
+        )
+        return (place / "report.html").read_text()
+
+    return _render
+
+
+@pytest.fixture
+def render_index(templates):
+    def _render(folder, places):
+        rf.write_tables(folder, places)
+        write_index(
+            folder / "runs.parquet",
+            folder / "sensitivity.parquet",
+            config.Report(),
+            templates / "index.html.j2",
+            folder / "index.html",
+        )
+        return (folder / "index.html").read_text()
+
+    return _render
+
+
+def test_the_page_answers_in_its_first_paragraph(tmp_path, render):
+    text = Page(render(rf.write_result(tmp_path))).text
+    top = text[: text.index("Findings")]
+    assert "Quantize all 7 layer groups: 2 to INT4_BLOCKWISE_WEIGHT_ONLY, 5 to FP8" in top or (
+        "Quantize all 7 layer groups:" in top
+    )
+    assert "Quantization hurts most in lm_head (51.8 % of all sensitivity)" in top
+    for layer in ("layers.0.mlp.down_proj", "visual.patch_embed.proj"):
+        assert layer in top
+    assert "641 kB →" in top
+    assert "at most 6 bits asked" in top
+    assert "not measured" in top
+    assert "0 of 7" in top
+    assert re.search(r"95 %: [\d.e-]+ to [\d.e-]+", top)
+    assert "Nothing that speaks against these numbers was detected." in top
+
+
+def test_zeros_are_explained_where_the_reader_begins(tmp_path, render):
+    scores = sf.make_scores()
+    scores.dataset.modality = "text"
+    sf.set_reached(scores, "model.visual", "not_called")
+    source = render(rf.write_result(tmp_path, scores, quant_formats=[FP8], effective_bits=11))
+    text = Page(source).text
+    top = text[: text.index("Sensitivity along the depth")]
+    assert "3 groups have no score, because the loss never reached them (all of vision)" in top
+    assert "text alone, so the vision tower never ran" in top
+    assert "Read the warnings before you rely on it" in top
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(tmp_path, render):
+    page = Page(render(rf.write_result(tmp_path)))
+    loading = {name: value for name, value in page.attributes if name in ("src", "srcset", "data")}
+    assert loading == {}
+    assert not {"link", "iframe", "object", "embed", "base", "img"} & set(page.tags)
+    hrefs = [value for name, value in page.attributes if name == "href"]
+    assert hrefs == ["../../index.html"]
+    policy = next(value for _, value in page.attributes if value and "default-src" in value)
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+
+
+def test_without_a_frontier_there_is_none(tmp_path, render):
+    place = rf.write_result(tmp_path)
+    page = Page(render(place, frontier=False))
+    assert set(page.json["data"]["charts"]) == {"depth", "heatmap"}
+    assert "What other budgets would cost" not in page.text
+    assert f"{INT4.removesuffix('_ALL_LAYERS_CFG')} wherever allowed (7 groups)" in page.text
+
+
+def test_table_holds_every_group_and_its_details(tmp_path, render):
+    page = Page(render(rf.write_result(tmp_path)))
+    table = page.json["data"]["table"]
+    rows = json.loads(table["arguments"]["data_json"])
+    layer = table["columns"].index("Layer")
+    order = sorted(sf.DAMAGE, key=lambda name: -sf.DAMAGE[name])
+    assert [row[layer] for row in rows] == order
+    assert [row[table["columns"].index("#")] for row in rows] == list(range(1, 8))
+    share = table["columns"].index("Share, %")
+    assert sum(row[share] for row in rows) == pytest.approx(100)
+    handles = [entry["handle"] for entry in page.json["data"]["details"]]
+    assert handles == [f"{name}.quant_recipe" for name in order]
+
+
+def test_charts_hold_every_score_and_mark_what_is_none(tmp_path):
+    scores = sf.make_scores()
+    sf.set_reached(scores, "model.visual.blocks.0.attn", "no_gradient")
+    for entry in scores.formats.values():
+        group = entry.groups["model.visual.blocks.0.mlp.down_proj.quant_recipe"]
+        group.batch_scores = [0.0] * 4
+    scores.formats[FP8].groups["lm_head.quant_recipe"].batch_scores[0] = None
+    place = rf.write_result(tmp_path, scores, effective_bits=12)
+    data = page_context(read_result(place / "layers.parquet"), config.Report())["data"]
+    rows = unpack(data["datasets"]["scores"])
+    assert len(rows) == 7 * 3
+    states = {(row["layer"], row["format"]): row["state"] for row in rows}
+    assert states["model.visual.blocks.0.attn.qkv", FP8] == "not reached"
+    assert states["model.visual.blocks.0.mlp.down_proj", INT4] == "zero"
+    assert states["lm_head", FP8] == "not finite"
+    assert states["lm_head", INT4] == "score"
+    assert states["lm_head", "NONE"] == "none"
+    for row in rows:
+        assert (row["score"] is None) == (row["state"] != "score")
+        if row["state"] == "score":
+            assert 0 < row["low"] <= row["score"] <= row["high"]
+    assert sum(row["worst"] for row in rows) == 7
+    assert sum(row["selected"] for row in rows) == 7
+
+
+def unpack(columns):
+    lists = {
+        name: [column["values"][code] for code in column["codes"]]
+        if isinstance(column, dict)
+        else column
+        for name, column in columns.items()
+    }
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+
+
+def test_packed_rows_come_back():
+    rows = [{"a": "x", "b": 1, "c": None}, {"a": "y", "b": 2, "c": 0.5}, {"a": "x", "b": 3, "c": 1}]
+    assert unpack(pack(rows)) == rows
+    assert pack([]) == {}
+
+
+def test_equal_tables_give_equal_bytes(tmp_path, render, render_index):
+    one, two = (rf.write_result(tmp_path / name) for name in ("one", "two"))
+    assert render(one) == render(two)
+    for name in FIGURES:
+        assert (one / "figures" / name).read_bytes() == (two / "figures" / name).read_bytes()
+    assert render_index(tmp_path / "one", [one]) == render_index(tmp_path / "two", [two])
+
+
+def test_other_machines_give_the_same_page(tmp_path, render):
+    """Seconds, memory and host are no part of the tables."""
+    scores = sf.make_scores()
+    for entry in scores.formats.values():
+        entry.environment["host"] = "elsewhere"
+        entry.seconds = {"load": 99.0}
+        entry.peak_memory_bytes = 7
+    one = rf.write_result(tmp_path / "one")
+    two = rf.write_result(tmp_path / "two", scores)
+    assert render(one) == render(two)
+
+
+def test_figures_are_pictures(tmp_path, render):
+    place = rf.write_result(tmp_path)
+    render(place)
+    assert {file.name for file in (place / "figures").iterdir()} == FIGURES
+    for name in FIGURES:
+        file = place / "figures" / name
+        if name.endswith(".svg"):
+            root = ET.parse(file).getroot()
+            assert root.tag == "{http://www.w3.org/2000/svg}svg"
+            assert not [node for node in root.iter() if node.tag.endswith(("script", "image"))]
+        else:
+            with Image.open(file) as image:
+                assert image.width > 900
+
+
+def test_hostile_names_are_inert_in_html_and_svg(tmp_path, render, render_index):
+    plain = Page(render(rf.write_result(tmp_path / "plain", quant_formats=[FP8, INT4])))
+    place = rf.write_result(tmp_path / "hostile", rf.hostile_scores())
+    source = render(place, title=rf.HOSTILE)
+    page = Page(source)
+    for tag in ("script", "style", "h1", "h2", "a"):
+        assert page.tags.count(tag) == plain.tags.count(tag), tag
+    assert "\x1b" not in source
+    assert "\u202e" not in source
+    assert "alert(1)" in page.text
+    index = render_index(tmp_path / "hostile", [place])
+    assert Page(index).tags.count("script") == 4
+    assert "\x1b" not in index
+    for file in (place / "figures").glob("*.svg"):
+        text = file.read_text()
+        ET.fromstring(text)
+        assert "<script" not in text
+        assert "\x1b" not in text
+
+
+def test_scripts_cannot_end_early():
+    source = 'a = "</script><!-- x";'
+    assert inline_script(source) == 'a = "<\\/script><\\!-- x";'
+
+
+def test_a_large_model_gets_blocks_and_stays_small(tmp_path, render):
+    scores = rf.large_scores(1000, 16)
+    names = list(scores.formats)
+    place = rf.write_result(tmp_path, scores, quant_formats=names, effective_bits=6)
+    page = Page(render(place))
+    assert (place / "report.html").stat().st_size <= 5_000_000
+    assert "Blocks × kinds of layers" in page.text
+    assert len(page.json["data"]["details"]) == 1000 > SMALL
+    assert len(unpack(page.json["data"]["datasets"]["scores"])) == 1000 * 17
+    assert not any(name.startswith("FORMAT_") for name in page.json["data"]["table"]["columns"])
+
+
+def test_a_model_without_any_score_has_a_page(tmp_path, render):
+    scores = sf.make_scores()
+    for prefix in ("model", "lm_head"):
+        sf.set_reached(scores, prefix, "not_called")
+    text = Page(render(rf.write_result(tmp_path, scores, effective_bits=16))).text
+    assert "Leave all 7 layer groups unquantized." in text
+    assert "7 groups have no score" in text
+
+
+def test_foreign_manifests_have_a_page(tmp_path, render, shared_data):
+    from layersense.manifests.tables import write_layers
+
+    for manifest in sorted((shared_data / "manifests").glob("*.json")):
+        place = tmp_path / manifest.stem
+        write_layers(manifest, place / "layers.parquet")
+        page = Page(render(place, frontier=False))
+        assert "Unknown: another program wrote this manifest." in page.text
+
+
+def test_a_broken_table_template_or_part_is_named(tmp_path, render, scripts, templates):
+    place = rf.write_result(tmp_path)
+    (place / "frontier.parquet").write_bytes((place / "layers.parquet").read_bytes())
+    with pytest.raises(LayersenseError, match=r"frontier\.parquet: has other columns"):
+        read_frontier(place / "frontier.parquet")
+    template = tmp_path / "x.html.j2"
+    arguments = (place / "layers.parquet", config.Report(), template, scripts)
+    for text, problem in (
+        ("{{ nothing }}", r"x\.html\.j2.*'nothing' is undefined"),
+        ("a\n{% if %}", r"x\.html\.j2, line 2"),
+        ("{{ script('gone.js') }}", r"gone\.js: cannot be read"),
+    ):
+        template.write_text(text)
+        with pytest.raises(LayersenseError, match=problem):
+            write_page(*arguments, tmp_path / "out.html", tmp_path / "figures")
+    (place / "layers.parquet").write_bytes(b"x")
+    with pytest.raises(LayersenseError, match="cannot be read as a table"):
+        render(place)
+
+
+def test_frontier_joins_the_table(tmp_path):
+    place = rf.write_result(tmp_path)
+    result = read_result(place / "layers.parquet")
+    frontier = read_frontier(place / "frontier.parquet")
+    (chosen,) = [point for point in frontier.points if point.kind == "scheme"]
+    assert frontier.recipe(chosen) == {group.handle: group.selected for group in result.groups}
+    assert chosen.damage == pytest.approx(result.about.state.score)
+    assert chosen.bytes == pytest.approx(result.total.after)
+
+
+def test_alternatives_by_hand(tmp_path):
+    result = read_result(
+        rf.write_result(tmp_path, exclude=["lm_head"], effective_bits=10) / "layers.parquet"
+    )
+    by_name = {other.name: other for other in result.alternatives}
+    others = {name: value for name, value in sf.DAMAGE.items() if name != "lm_head"}
+    weights = {name: sf.MODULES[name][1] for name in sf.MODULES}
+    fp8 = by_name[FP8]
+    assert fp8.groups == 6
+    assert fp8.damage == pytest.approx(sum(others.values()) * 1.005)
+    expected = sum(weights[name] for name in others) + 2 * weights["lm_head"]
+    assert fp8.after == pytest.approx(expected)
+    assert fp8.bits == pytest.approx(8 * expected / sum(weights.values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("lm_head", "lm_head"),
+        ("model.language_model.layers.0.self_attn.q_proj", "…layers.0.self_attn.q_proj"),
+        ("x" * 40, "…" + "x" * 29),
+    ],
+)
+def test_labels_keep_the_end_of_a_name(name, label):
+    assert tail(name) == label
+
+
+def test_labels_are_unique(tmp_path):
+    long = "z" * 40
+    modules = {f"{prefix}.{long}": ([f"{prefix}.{long}"], 64) for prefix in ("a", "b")}
+    scores = sf.make_scores(modules, dict.fromkeys(modules, 1.0), (FP8,))
+    place = rf.write_result(tmp_path, scores, quant_formats=[FP8], effective_bits=9)
+    result: Result = read_result(place / "layers.parquet")
+    assert set(result.labels.values()) == set(modules)
+
+
+def test_index_shows_and_compares(tmp_path, render_index):
+    places = [
+        rf.write_result(tmp_path, scheme="a"),
+        rf.write_result(tmp_path, scheme="b", quant_formats=[FP8], effective_bits=9),
+        rf.write_result(tmp_path, run="other", scheme="a"),
+    ]
+    page = Page(render_index(tmp_path, places))
+    data = page.json["data"]
+    assert [entry["name"] for entry in data["results"]] == ["demo / a", "demo / b", "other / a"]
+    for entry in data["results"]:
+        assert (tmp_path / entry["link"]).parent.is_dir()
+        assert entry["strip"].startswith("data:image/png;base64,")
+        assert entry["top"][0] == "lm_head"
+    assert set(data["pairs"]) == {"0-1", "0-2", "1-2"}
+    assert data["pairs"]["0-2"]["correlation"] == 1
+    assert data["pairs"]["0-2"]["changed"] == []
+    assert data["pairs"]["0-1"]["changed_count"] > 0
+    assert "3 reports of 2 runs on 1 model" in page.text
+
+
+def test_findings_travel_in_the_table_alone(tmp_path, render):
+    """A page needs its tables and nothing else: no manifest, no scores."""
+    place = rf.write_result(tmp_path)
+    (place / "manifest.json").unlink()
+    page = Page(render(place))
+    about = read_result(place / "layers.parquet").about
+    assert about is not None
+    assert msgspec.to_builtins(about)["model"]["name"] in page.text
+
+
+def test_imported_results_are_marked_and_lead_nowhere(tmp_path):
+    place = rf.write_result(tmp_path)
+    rf.write_tables(tmp_path, [place])
+    (row,) = read_table(tmp_path / "runs.parquet").to_pylist()
+    results = read_results(tmp_path / "sensitivity.parquet")
+    context = index_context([{**row, "imported": "g1"}], results, config.Report())
+    (entry,) = context["results"]
+    assert (entry["link"], entry["name"]) == (None, "demo / mix (imported)")

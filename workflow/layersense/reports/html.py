@@ -1,0 +1,217 @@
+"""``report.html``: one scheme of one run, in one file that needs no network."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from layersense import config
+from layersense.files import atomic_write
+from layersense.quantization.formats import NONE
+from layersense.reports.charts import KINDS, PAGE, SMALL, charts, compiled, datasets
+from layersense.reports.figures import write_figures
+from layersense.reports.markdown import (
+    budget_text,
+    finding_counts,
+    score_text,
+    score_unit,
+    trust,
+    verification_context,
+)
+from layersense.reports.page import pack, render_page
+from layersense.reports.result import Z95, Frontier, Group, Result, read_frontier, read_result
+from layersense.reports.tables import FILES, data_table
+from layersense.reports.text import plain, short_format
+
+NAMED_LAYERS = 3
+"""Most sensitive layers that the answer names."""
+FORMAT_COLUMNS = 4
+"""Formats that get a column of their own in the table of all groups; more stand in the details."""
+SEVERITIES = {"error": "Error", "warning": "Warning", "info": "Note"}
+
+
+def write_page(
+    layers: Path,
+    report: config.Report,
+    template: Path,
+    scripts: Path,
+    out: Path,
+    figures: Path,
+    frontier_path: Path | None = None,
+    verification_path: Path | None = None,
+) -> None:
+    """Render the HTML report of one scheme, and its figures.
+
+    One job does both: what they share, libraries to import and a table to read, takes longer than
+    what they do.
+
+    Args:
+        layers: its ``layers.parquet``.
+        report: how it should look.
+        template: Jinja2 template; its style and scripts lie beside it.
+        scripts: what :func:`layersense.reports.charts.write_scripts` wrote.
+        out: HTML file to write.
+        figures: folder to write the figures to.
+        frontier_path: its ``frontier.parquet``; a report without it has no frontier.
+        verification_path: the run's ``verification.parquet``, if it is verified.
+
+    Raises:
+        LayersenseError: an input cannot be read.
+    """
+    result = read_result(layers)
+    frontier = read_frontier(frontier_path) if frontier_path else None
+    write_figures(result, figures, frontier)
+    context = page_context(result, report, frontier)
+    if verification_path:
+        found = verification_context(result.scheme, result.formats, verification_path)
+        context["verification"] = found
+        context["measured"] = next(
+            (row for row in found["recipes"] if row["role"] == "scheme"), None
+        )
+    atomic_write(out, render_page(template, context, {**FILES, "vega.js": scripts}))
+
+
+def page_context(
+    result: Result, report: config.Report, frontier: Frontier | None = None
+) -> dict[str, Any]:
+    """Return what the template may print."""
+    about = result.about
+    return {
+        "title": report.title,
+        "top": report.top,
+        "result": result,
+        "about": about,
+        "unit": score_unit(result.modality),
+        "trust": trust([finding.severity for finding in about.findings]) if about else None,
+        "severities": SEVERITIES,
+        "findings": [
+            {**msgspec.structs.asdict(finding), "layers": [plain(name) for name in finding.layers]}
+            for finding in (about.findings if about else ())
+        ],
+        "counts": _counts(result),
+        "damage": _damage(result, frontier),
+        "most": [
+            (group, result.share(group))
+            for group in result.ranked[:NAMED_LAYERS]
+            if group.importance is not None
+        ],
+        "unreached": _unreached(result),
+        "per_mb": [
+            (group, entry, score_text(entry))
+            for group, entry in result.most_damage_per_mb()[: report.top]
+        ],
+        "provenance": _provenance(result),
+        "NONE": NONE,
+        "verification": None,
+        "measured": None,
+        "frontier": frontier,
+        "kinds": KINDS,
+        "named": [point for point in frontier.points if point.kind != "frontier" or point.knee]
+        if frontier
+        else [],
+        "asked": budget_text(about.state.budget) if about else None,
+        "small": len(result.groups) <= SMALL,
+        "heatmap_width": 320 + 110 * (len(result.formats) + 1),
+        "data": {
+            "charts": compiled(charts(result, PAGE, frontier)),
+            "datasets": {name: pack(rows) for name, rows in datasets(result, frontier).items()},
+            "table": _table(result),
+            "details": [_details(group) for group in result.ranked],
+        },
+    }
+
+
+def _counts(result: Result) -> str:
+    severities = [finding.severity for finding in result.about.findings] if result.about else []
+    return finding_counts(*(severities.count(name) for name in ("error", "warning", "info")))
+
+
+def _damage(result: Result, frontier: Frontier | None) -> dict[str, Any]:
+    """Return the predicted damage with its interval, and what it is next to other recipes."""
+    total = result.about.state.score if result.about else result.total.damage
+    error = result.about.damage_se if result.about else None
+    low, high = (max(0.0, total - Z95 * error), total + Z95 * error) if error else (None, None)
+    for point in frontier.points if frontier else ():
+        if point.kind == "scheme":  # one interval on a page
+            low, high = point.low, point.high
+    others = [other for other in result.alternatives if other.damage > 0 and other.complete]
+    smallest = others[0] if others else None
+    return {
+        "total": total,
+        "low": low,
+        "high": high,
+        "compared": (smallest, total / smallest.damage)
+        if smallest and (not result.about or result.about.scheme.objective == "sum")
+        else None,
+    }
+
+
+def _unreached(result: Result) -> dict[str, Any] | None:
+    """Return which subsystems the loss did not reach at all, and how many groups in all."""
+    missing = [group for group in result.groups if group.reached not in (None, "scored")]
+    if not missing:
+        return None
+    return {
+        "groups": len(missing),
+        "subsystems": [part.name for part in result.by_subsystem if not part.reached],
+    }
+
+
+def _provenance(result: Result) -> list[tuple[str, str]]:
+    """Return versions and hardware, each once where all formats agree."""
+    if result.about is None:
+        return []
+    rows: list[tuple[str, str]] = []
+    entries = result.about.environment
+    for key in dict.fromkeys(key for entry in entries.values() for key in entry):
+        values: dict[str, list[str]] = {}
+        for name, entry in entries.items():
+            values.setdefault(plain(entry.get(key, "unknown")), []).append(name)
+        for value, names in values.items():
+            where = "" if len(values) == 1 else f" ({', '.join(map(short_format, names))})"
+            rows.append((f"{key}{where}", value))
+    return rows
+
+
+def _table(result: Result) -> dict[str, Any]:
+    """Return the arguments of the table of all groups, the most sensitive first."""
+    shown = result.formats if 1 < len(result.formats) <= FORMAT_COLUMNS else []
+    ranked = result.ranked
+    columns: dict[str, list[Any]] = {
+        "Details": ["" for _ in ranked],
+        "#": [result.places.get(group.handle) for group in ranked],
+        "Layer": [group.layer for group in ranked],
+        "Recipe takes": [short_format(group.selected or "–") for group in ranked],
+        "Worst score": [group.importance for group in ranked],
+        "Share, %": [_percent(result.share(group)) for group in ranked],
+        **{short_format(name): [_score(group, name) for group in ranked] for name in shown},
+        "Subsystem": [group.subsystem for group in ranked],
+        "Block": [group.block for group in ranked],
+        "Kind": [group.kind for group in ranked],
+        "Weights": [group.n_weights for group in ranked],
+        "Damage as chosen": [group.damage for group in ranked],
+        "MB saved": [(group.before - group.after) / 1e6 for group in ranked],
+        "Handle": [group.handle for group in ranked],
+    }
+    hidden = ["Damage as chosen", "MB saved", "Handle"]
+    hidden += ["Block"] if all(group.block is None for group in ranked) else []
+    return data_table(columns, hidden=hidden, order=[1, "asc"])
+
+
+def _score(group: Group, name: str) -> float | None:
+    entry = group.scores.get(name)
+    return entry.score if entry and entry.state in ("score", "zero") else None
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _details(group: Group) -> dict[str, Any]:
+    """Return what a row of the table opens, beside its scores: the handle, the modules."""
+    return {
+        "handle": group.handle,
+        "modules": group.modules,
+        "why": group.reason if not group.quantized else None,
+        "order": group.index,
+    }
