@@ -23,7 +23,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
 
 
 def main() -> None:
-    """Open, photograph, shrink."""
+    """Open, photograph, write."""
     report = Path(sys.argv[1]) if len(sys.argv) > 1 else REPOSITORY / REPORT
     chromium = shutil.which("chromium")
     if not report.is_file() or not chromium:
@@ -41,7 +41,7 @@ def main() -> None:
         browser.close()
     image = Image.open(io.BytesIO(shot)).convert("RGB")
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    image.quantize(96, dither=Image.Dither.NONE).save(PICTURE, optimize=True)
+    image.save(PICTURE, optimize=True)
     print(f"{PICTURE}: {image.size}, {PICTURE.stat().st_size / 1000:.0f} kB")
 
 
