@@ -71,3 +71,8 @@ if not CONFIG.frozen:
         """The measurements alone."""
         input:
             targets("scores"),
+
+
+onerror:
+    # What whoever is on call reads last, and first: causes, not jobs.
+    tell_failures(log)

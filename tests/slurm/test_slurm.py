@@ -195,6 +195,14 @@ def dead_node(story: Story, cluster: Cluster) -> Story:
 
 def undisturbed(story: Story, cluster: Cluster) -> Story:
     """The whole study, with GPUs for its scoring jobs and a cap of one."""
+    doctor = subprocess.run(
+        [sys.executable, "-m", "layersense", "doctor", "--profile", "profiles/slurm"],
+        cwd=story.project.root,
+        env={**os.environ, **cluster.environment},
+        capture_output=True,
+        text=True,
+    )
+    story.notes["doctor"] = doctor.stdout + doctor.stderr
     gpu = ("--resources=gpu=1", "--set-resources", GPU)
     return ended(story, cluster, started(story, cluster, *gpu))
 
@@ -348,3 +356,11 @@ def test_the_status_command_needs_no_accounting(night: Night, repository: Path) 
     assert story.returncode == 0
     profile = (repository / "profiles/slurm/config.yaml").read_text()
     assert "\nslurm-status-command: squeue\n" in profile
+
+
+def test_the_doctor_knows_this_cluster(night: Night) -> None:
+    text = night(undisturbed).notes["doctor"]
+    assert "ok       SLURM: slurm" in text
+    assert "ok       SLURM status: squeue, jobs are kept 300 s" in text
+    assert f"gpu:{slurm.GPUS}" in text
+    assert "warning  SLURM_CONF" in text  # this cluster's own way of not touching /etc

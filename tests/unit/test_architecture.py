@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    "errors", "logs", "files", "paths", "config", "calibration", "quantization", "models",
-    "job_resources", "scoring", "manifests", "recipes", "verification", "reports", "settings",
-    "validation",
+    "errors", "logs", "failures", "files", "paths", "config", "calibration", "quantization",
+    "models", "job_resources", "scoring", "manifests", "recipes", "verification",
+    "reports", "settings", "validation",
 ]  # fmt: skip
 """What stands later may import what stands earlier."""
-TOOLS = {"cli", "__main__", "config_docs", "init", "resources"}
+TOOLS = {"cli", "__main__", "config_docs", "doctor", "init", "resources"}
 HEAVY = {"torch", "torchvision", "transformers", "modelopt", "snakemake"}
 
 

@@ -28,7 +28,8 @@ def test_every_rule_has_its_command() -> None:
     text = "".join(file.read_text() for file in rules.glob("*.smk"))
     named = {part.split()[0] for part in text.split("-m layersense ")[1:]}
     assert named <= set(COMMANDS)
-    assert set(COMMANDS) - named == {"import", "init", "show", "diff", "validate", "apply"}
+    people = {"import", "init", "show", "diff", "validate", "doctor", "apply"}
+    assert set(COMMANDS) - named == people
 
 
 def test_help_of_every_command_imports_nothing_heavy() -> None:

@@ -345,6 +345,26 @@ def apply(
 
 
 @app.command(rich_help_panel=PEOPLE)
+def doctor(
+    configfile: Annotated[Path | None, typer.Option(help="Config to check against.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Folder of the Snakemake profile.")] = None,
+) -> None:
+    """Look at the machine before a run: each line ok, warning or error, with the fix.
+
+    Exits with 1 if there is an error. Without a config or a profile it looks at the machine alone.
+
+    Example: layersense doctor --configfile config/my-model.yaml --profile profiles/slurm
+    """
+    from layersense.doctor import examine, worst
+
+    lines = []
+    for line in examine(configfile, profile):
+        typer.echo(str(line))
+        lines.append(line)
+    raise typer.Exit(1 if worst(lines) == "error" else 0)
+
+
+@app.command(rich_help_panel=PEOPLE)
 def validate(files: Annotated[list[Path], typer.Argument(help="Manifests.")]) -> None:
     """Check manifests; exit with 1 if one has a problem.
 
@@ -441,6 +461,22 @@ def _quiet() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
+def _failure_of_the_machine(error: Exception) -> str | None:
+    """Return a sentence if the GPU or the memory failed, which is no error of this program."""
+    if isinstance(error, MemoryError):
+        return (
+            "out of memory on this machine; lower `batch_size`, `max_length` or `max_pixels` of "
+            "the run, or run it where there is more (`mem_mb` on a cluster)"
+        )
+    lines = str(error).splitlines()
+    if isinstance(error, RuntimeError) and lines and lines[0].startswith("CUDA "):
+        return (
+            f"the GPU failed ({lines[0]}); run the same command again, which takes up what is "
+            "measured; if it is always the same GPU, leave it out by CUDA_VISIBLE_DEVICES"
+        )
+    return None
+
+
 def main() -> NoReturn:
     """Run the command line; the first line of any failure is one readable sentence."""
     log = open_job_log()
@@ -464,7 +500,7 @@ def main() -> NoReturn:
             log.end(f"exit code {end.code}")
             raise
     except Exception as error:
-        sentence = (
+        sentence = _failure_of_the_machine(error) or (
             f"layersense {' '.join(sys.argv[1:2])}: {type(error).__name__}: {error}; "
             "this is not an error that layersense knows: please report it with the lines below"
         )

@@ -1,15 +1,21 @@
 """Atomic writes, canonical JSON and digests: how every output reaches the disk."""
 
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from layersense.errors import LayersenseError
+
+_STALE_SECONDS = 24 * 3600
 
 
 @contextmanager
@@ -17,7 +23,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` and rename it into place when the block succeeds.
 
     Nothing half-written is ever seen under ``path``: on an exception the temporary file is
-    removed and an earlier ``path`` stays as it was. Parent folders are made.
+    removed and an earlier ``path`` stays as it was. Parent folders are made. What a process that
+    was killed left behind a day ago or more is cleared away.
 
     Raises:
         LayersenseError: the disk is full, read-only or not writable.
@@ -25,6 +32,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target)
         handle, name = tempfile.mkstemp(
             dir=target.parent, prefix=f".{target.name}.", suffix=".part"
         )
@@ -36,6 +44,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             temporary.replace(target)
+            _sync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -76,6 +85,52 @@ def digest_file(path: str | Path) -> str:
     """Return the SHA-256 (hex) of a file's bytes."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(folder: str | Path) -> None:
+    """Refuse a folder in which nothing can be written; one that is not there is fine.
+
+    Raises:
+        LayersenseError: it is on a read-only file system, or belongs to somebody else.
+    """
+    if Path(folder).exists() and not os.access(folder, os.W_OK):
+        raise LayersenseError(
+            f"{Path(folder).resolve()}: nothing can be written there; make it writable, or link "
+            f"{folder} to a folder that is"
+        )
+
+
+def has_locks(folder: str | Path) -> bool:
+    """Return whether kernel locks work in ``folder``; some network file systems have none.
+
+    Raises:
+        OSError: no file can be made there.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+                return False
+            raise
+    return True
+
+
+def _remove_stale(target: Path) -> None:
+    for old in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > _STALE_SECONDS:
+                old.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the renaming itself survive a power cut, where the file system can promise that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:

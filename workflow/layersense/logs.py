@@ -109,6 +109,8 @@ def open_job_log() -> JobLog:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )
+    # Addresses of downloads are signed: who reads the log could download too.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     text_log = os.environ.pop(VARIABLE, None)  # not inherited: it is this process's own
     path = Path(text_log) if text_log else None
     log = JobLog(path.with_suffix(".jsonl") if path else None, _job_name(path) if path else "")

@@ -14,10 +14,10 @@ WORKFLOW = Path(os.path.relpath(Path(workflow.current_basedir).parent))
 # The package beside these rules, whether or not it is installed in Snakemake's own environment.
 sys.path.insert(0, str(WORKFLOW.resolve()))
 
-from layersense import job_resources, paths, settings
+from layersense import failures, job_resources, paths, settings
 from layersense.calibration.database import USER_VERSION as DATABASE_VERSION
 from layersense.errors import LayersenseError
-from layersense.files import canonical_json
+from layersense.files import canonical_json, check_writable
 from layersense.manifests.schema import SCHEMA_VERSION as MANIFEST_VERSION
 from layersense.manifests.tables import TABLE_VERSION
 from layersense.recipes.frontier import FRONTIER_VERSION
@@ -36,6 +36,12 @@ try:
     if workflow.is_main_process:
         for warning in check_gpus(CONFIG, workflow.global_resources.get("gpu").value):
             logger.warning(warning)
+        if not workflow.dryrun:
+            check_writable(paths.RESULTS)
+        if {"{", "}"} & set(os.getcwd()):
+            raise LayersenseError(
+                f"{os.getcwd()}: Snakemake takes braces in a folder's name for wildcards; rename it"
+            )
 except LayersenseError as error:
     raise WorkflowError(str(error)) from None
 
@@ -88,6 +94,7 @@ def targets(stage):
     return {
         "scores": [paths.scores(run) for run in CONFIG.runs],
         "tables": [
+            *per_scheme(paths.manifest),
             *per_scheme(paths.layers),
             *per_scheme(paths.frontier),
             paths.sensitivity(),
@@ -201,3 +208,15 @@ def labels(page):
         "scheme": wildcards.scheme,
         "page": page,
     }
+
+
+def tell_failures(logs):
+    """Print the failed jobs by cause, and send the same to LAYERSENSE_WEBHOOK if that is set."""
+    found = [failure for file in logs for failure in failures.failures(file)]
+    text = failures.report(found)
+    if not text:
+        return
+    print(f"\n{text}\n", file=sys.stderr)
+    if webhook := os.environ.get("LAYERSENSE_WEBHOOK"):
+        if problem := failures.post(webhook, text):
+            logger.warning(f"LAYERSENSE_WEBHOOK: nothing was sent, {problem}")

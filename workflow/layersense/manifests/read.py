@@ -198,7 +198,8 @@ def _load(path: str | Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise LayersenseError(
-            f"{path}: cannot be read as JSON ({error}); write the manifest again"
+            f"{path}: cannot be read as JSON ({error}); delete it and run `snakemake` again, or, "
+            "if it came from elsewhere, copy it again"
         ) from error
     if not isinstance(content, dict):
         raise LayersenseError(f"{path}: expected a JSON object, found a {type(content).__name__}")

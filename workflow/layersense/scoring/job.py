@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from layersense.calibration.database import open_database
 from layersense.errors import LayersenseError
-from layersense.files import digest_json
+from layersense.files import digest_json, has_locks
 from layersense.models.checkpoints import Checkpoint, read_checkpoint
 from layersense.quantization.formats import check_device, format_from_settings
 from layersense.scoring.in_progress import InProgress
@@ -58,7 +58,6 @@ def score_run(
         LayersenseError: an input is unusable, or the model cannot be scored.
     """
     partial = out.with_name(f".{out.name}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
     with only_job(out.with_name(f".{out.name}.lock")):
         checkpoint = read_checkpoint(model_file)
         with open_database(database_file) as database:
@@ -273,12 +272,28 @@ def only_job(lock_file: Path) -> Iterator[None]:
     and then finds its results. The lock file is never deleted, or two jobs could hold two files of
     one name.
     """
-    lock = FileLock(lock_file)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info("%s: another job works on this run; waiting for it", lock_file)
-        lock.acquire()
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        locks = has_locks(lock_file.parent)
+        lock = FileLock(lock_file)
+        if locks:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.info("%s: another job works on this run; waiting for it", lock_file)
+                lock.acquire()
+    except OSError as error:
+        raise LayersenseError(
+            f"{lock_file}: cannot be written ({error.strerror or error}); make the folder "
+            "writable, or move results/ to where there is space and link it"
+        ) from error
+    if not locks:
+        # Two jobs at once would cost time, not results: both write the same, in one step.
+        logger.warning(
+            "%s: this file system has no locks, so nothing keeps a second job from measuring the "
+            "same; after a kill, see that no job of this run is left before starting again",
+            lock_file.parent,
+        )
     try:
         yield
     finally:

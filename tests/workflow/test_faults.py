@@ -1,0 +1,536 @@
+"""The lines of docs/faults.md: each fault provoked for real, then a run that ends the same.
+
+Faults of kills stand in test_kill.py, those of a cluster in tests/slurm.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from faults import injected, mounted
+from volatile import stable_manifest, stable_scores
+
+from conftest import STUDY, Project
+
+pytestmark = [pytest.mark.workflow, pytest.mark.slow]
+
+RUN = "llm.words"
+SCHEME = f"{RUN}/fp8"
+TARGETS = (
+    f"results/{RUN}/scores.json",
+    f"results/{SCHEME}/manifest.json",
+    f"results/{SCHEME}/layers.parquet",
+    "results/sensitivity.parquet",
+    "results/runs.parquet",
+    f"results/{SCHEME}/frontier.parquet",
+)
+PATIENCE = 240
+SECRET = "planted-secret"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(new_study: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """One run of a language model, measured; not to be changed."""
+    project = new_study.copy(tmp_path_factory.mktemp("faults") / "undisturbed")
+    run = {**STUDY["runs"][RUN], "schemes": ["fp8"]}
+    config = {
+        "datasets": {"words": STUDY["datasets"]["words"]},
+        "models": {"llm": STUDY["models"]["llm"]},
+        "schemes": {"fp8": STUDY["schemes"]["fp8"]},
+        "runs": {RUN: run},
+    }
+    project.config_file.write_text(yaml.safe_dump(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", SECRET)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        project.run()
+    return project
+
+
+@pytest.fixture
+def done(undisturbed: Project, tmp_path: Path) -> Project:
+    """A finished study of one's own."""
+    return undisturbed.copy(tmp_path / "study")
+
+
+@pytest.fixture
+def unscored(done: Project) -> Project:
+    """The same without its measurements."""
+    shutil.rmtree(done.results / RUN)
+    return done
+
+
+def call(
+    project: Project, *arguments: str, environment: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """Return the exit code and the output of Snakemake."""
+    done = subprocess.run(
+        project.command(*(arguments or TARGETS)),
+        cwd=project.root,
+        env={**project.environment(), **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def errors(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("error: ")]
+
+
+def assert_same(project: Project, undisturbed: Project) -> None:
+    ours, theirs = project.results, undisturbed.results
+    for name in ("sensitivity.parquet", "runs.parquet", f"{SCHEME}/layers.parquet"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    name = f"{SCHEME}/frontier.parquet"
+    assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    name = f"{RUN}/scores.json"
+    assert stable_scores(ours / name) == stable_scores(theirs / name)
+    name = f"{SCHEME}/manifest.json"
+    assert stable_manifest(ours / name) == stable_manifest(theirs / name)
+
+
+def assert_ends_well(project: Project, undisturbed: Project) -> None:
+    code, output = call(project)
+    assert code == 0, output
+    assert_same(project, undisturbed)
+
+
+def cut(path: Path) -> None:
+    """Leave the first half of a file, as a power cut may."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def test_no_secret_and_no_folder_of_the_user_in_what_is_shown(undisturbed: Project) -> None:
+    files = [file for file in undisturbed.results.rglob("*") if file.is_file()]
+    files += [file for file in (undisturbed.root / ".snakemake").rglob("*") if file.is_file()]
+    assert len(files) > 20
+    for file in files:
+        assert SECRET.encode() not in file.read_bytes(), file
+    shown = [*undisturbed.results.rglob("*.md"), *undisturbed.results.rglob("*.html")]
+    shown += [*undisturbed.results.rglob("*.parquet"), *undisturbed.results.rglob("manifest.json")]
+    assert len(shown) > 5
+    for file in shown:
+        assert str(undisturbed.root).encode() not in file.read_bytes(), file
+
+
+# --- files that are damaged ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damaged", "before"),
+    [
+        (f"{SCHEME}/manifest.json", f"{SCHEME}/layers.parquet"),
+        (f"{SCHEME}/layers.parquet", "sensitivity.parquet"),
+        (f"{RUN}/scores.json", f"{SCHEME}/manifest.json"),
+    ],
+)
+def test_a_file_that_is_cut_short_is_named_and_made_again(
+    done: Project, undisturbed: Project, damaged: str, before: str
+) -> None:
+    file = done.results / damaged
+    cut(file)
+    (done.results / before).unlink()
+    code, output = call(done)
+    assert code != 0
+    (sentence,) = set(errors(output))
+    assert f"results/{damaged}: " in sentence
+    assert "delete it" in sentence
+    assert re.search(r"^\d jobs? failed, 1 cause:$", output, re.MULTILINE), output
+    assert "\n   fix: delete it" in output
+    assert not (done.results / before).exists()
+    file.unlink()
+    assert_ends_well(done, undisturbed)
+
+
+def test_a_database_that_is_cut_short_is_named_before_torch_is_loaded(
+    unscored: Project, undisturbed: Project
+) -> None:
+    database = unscored.results / "calibration/words.sqlite"
+    cut(database)
+    code, output = call(unscored)
+    assert code != 0
+    assert "results/calibration/words.sqlite: the calibration database is damaged" in output
+    assert "imported" not in output
+    database.unlink()
+    assert_ends_well(unscored, undisturbed)
+
+
+def test_the_index_of_the_scores_may_be_lost(done: Project, undisturbed: Project) -> None:
+    (done.results / RUN / "measured.json").write_text("{")
+    assert_ends_well(done, undisturbed)
+
+
+# --- disks ---------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_and_a_linked_results_folder(
+    done: Project, undisturbed: Project, tmp_path: Path
+) -> None:
+    shutil.rmtree(done.results / SCHEME)
+    disk = tmp_path / "disk"
+    size = sum(file.stat().st_size for file in done.results.rglob("*") if file.is_file())
+    with mounted(disk, "-t", "tmpfs", "-o", f"size={size + 200_000}", "tmpfs"):
+        shutil.copytree(done.results, disk / "results")
+        shutil.rmtree(done.results)
+        done.results.symlink_to(disk / "results")
+        filler = disk / "filler"
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+        code, output = call(done)
+        assert code != 0
+        # Not even a job's log can be written, so the end of the run says it.
+        assert "No space left on device" in output or "the disk is full" in output
+        assert not (done.results / SCHEME / "manifest.json").exists()
+        filler.unlink()
+        call(done, "--unlock")
+        assert_ends_well(done, undisturbed)
+        assert done.results.is_symlink()
+
+
+def test_read_only_results(done: Project, undisturbed: Project) -> None:
+    shutil.rmtree(done.results / SCHEME)
+    with mounted(done.results, "--bind", "-o", "ro", str(done.results)):
+        code, output = call(done)
+        assert code != 0
+        assert f"{done.results}: nothing can be written there" in output
+        assert "Traceback" not in output
+    assert_ends_well(done, undisturbed)
+
+
+def test_a_file_system_without_locks(
+    unscored: Project, undisturbed: Project, tmp_path: Path
+) -> None:
+    environment = injected(
+        tmp_path / "fault",
+        """
+        import errno, fcntl
+        def flock(file, operation):
+            raise OSError(errno.ENOLCK, "No locks available")
+        fcntl.flock = flock
+        """,
+    )
+    code, output = call(unscored, environment=environment)
+    assert code == 0, output
+    log = (unscored.results / f"logs/score/{RUN}.log").read_text()
+    assert "this file system has no locks" in log
+    assert_same(unscored, undisturbed)
+
+
+# --- paths ---------------------------------------------------------------------------------------
+
+
+def test_spaces_and_other_letters_and_shell_words_in_the_path(
+    undisturbed: Project, tmp_path: Path
+) -> None:
+    strange = undisturbed.copy(tmp_path / "Ünï cödé 模型 $(touch pwned) `touch pwned` 'q' & x")
+    shutil.rmtree(strange.results / SCHEME)
+    (strange.results / "calibration/words.sqlite").unlink()
+    code, output = call(
+        strange, f"results/{SCHEME}/manifest.json", "results/calibration/words.sqlite"
+    )
+    assert code == 0, output
+    assert_ends_well(strange, undisturbed)
+    assert not list(tmp_path.rglob("pwned"))
+    assert not Path("pwned").exists()
+
+
+def test_braces_in_the_path_are_refused_in_a_sentence(undisturbed: Project, tmp_path: Path) -> None:
+    strange = undisturbed.copy(tmp_path / "{run}")
+    code, output = call(strange)
+    assert code != 0
+    assert "takes braces in a folder's name for wildcards" in output
+    assert "Traceback" not in output
+
+
+# --- faults while scoring ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ("torch.AcceleratorError('CUDA error: an illegal memory access')", "CUDA error"),
+        ("MemoryError()", "memory"),
+    ],
+    ids=["CUDA error", "out of memory"],
+)
+def test_an_error_in_the_middle_of_scoring(
+    unscored: Project, undisturbed: Project, tmp_path: Path, error: str, expected: str
+) -> None:
+    environment = injected(
+        tmp_path / "fault",
+        f"""
+        def patch(torch):
+            backward, calls = torch.Tensor.backward, []
+            def failing(tensor, *args, **kwargs):
+                calls.append(None)
+                if len(calls) == 3:
+                    raise {error}
+                return backward(tensor, *args, **kwargs)
+            torch.Tensor.backward = failing
+        """,
+        module="torch",
+    )
+    code, output = call(unscored, environment=environment)
+    assert code != 0
+    (sentence,) = set(errors(output))
+    assert expected in sentence
+    assert "please report" not in sentence
+    assert not (unscored.results / RUN / "scores.json").exists()
+    assert_ends_well(unscored, undisturbed)
+
+
+def test_a_loss_that_is_nan_at_one_batch_makes_no_recipe(
+    unscored: Project, undisturbed: Project, tmp_path: Path
+) -> None:
+    environment = injected(
+        tmp_path / "fault",
+        """
+        def patch(torch):
+            backward, calls = torch.Tensor.backward, []
+            def broken(tensor, *args, **kwargs):
+                calls.append(None)
+                loss = tensor * torch.nan if len(calls) == 3 else tensor
+                return backward(loss, *args, **kwargs)
+            torch.Tensor.backward = broken
+        """,
+        module="torch",
+    )
+    code, output = call(unscored, environment=environment)
+    assert code != 0
+    (sentence,) = set(errors(output))
+    assert "because its score is not finite" in sentence
+    (unscored.results / RUN / "scores.json").unlink()
+    assert_ends_well(unscored, undisturbed)
+
+
+def test_weights_that_are_not_finite(unscored: Project, undisturbed: Project) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = unscored.root / "checkpoints/llm/model.safetensors"
+    sound = weights.read_bytes()
+    tensors = load_file(weights)
+    name = next(name for name in sorted(tensors) if "mlp" in name)
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    record = unscored.results / "models/llm/model.json"
+    record.unlink()
+    code, output = call(unscored)
+    assert code != 0
+    (sentence,) = set(errors(output))
+    assert "is finite" in sentence
+    assert name.removesuffix(".weight") in sentence
+    weights.write_bytes(sound)
+    record.unlink()
+    assert_ends_well(unscored, undisturbed)
+
+
+def test_a_config_edited_while_it_runs_and_a_second_snakemake(
+    unscored: Project, undisturbed: Project
+) -> None:
+    (unscored.results / f"logs/score/{RUN}.jsonl").unlink()  # of the run that it is a copy of
+    with (unscored.root / "output.txt").open("w") as file:
+        first = psutil.Popen(
+            unscored.command(*TARGETS),
+            cwd=unscored.root,
+            env=unscored.environment(),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        log = unscored.results / f"logs/score/{RUN}.jsonl"
+        deadline = time.monotonic() + PATIENCE
+        while '"event": "phase"' not in (log.read_text() if log.exists() else ""):
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        job = psutil.Process(json.loads(log.read_text().splitlines()[0])["pid"])
+        job.suspend()
+        code, output = call(unscored)
+        assert code != 0
+        assert "Directory cannot be locked" in output
+        text = unscored.config_file.read_text()
+        unscored.edit(lambda config: config["schemes"]["fp8"].update(effective_bits=9.0))
+        job.resume()
+        assert first.wait(PATIENCE) == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)
+    # The run went by the config that it was started with.
+    assert_same(unscored, undisturbed)
+    outcome = unscored.run(*TARGETS)
+    assert f"solve/{SCHEME}" in outcome.jobs
+    assert not any(name.startswith("score/") for name in outcome.jobs)
+    unscored.config_file.write_text(text)
+    assert_ends_well(unscored, undisturbed)
+
+
+def test_a_database_build_killed_in_the_middle_of_its_write(
+    unscored: Project, undisturbed: Project, tmp_path: Path
+) -> None:
+    database = unscored.results / "calibration/words.sqlite"
+    database.unlink()
+    environment = injected(
+        tmp_path / "fault",
+        """
+        import os, signal, sys
+        if "dataset" in sys.orig_argv:
+            # The file is written and not yet renamed.
+            os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    code, _ = call(unscored, "results/calibration/words.sqlite", environment=environment)
+    assert code != 0
+    assert not database.exists()
+    assert list(database.parent.glob(".words.sqlite.*.part"))  # what the kill left
+    assert_ends_well(unscored, undisturbed)
+
+
+# --- the hub -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def hub(behaviour: str, files: Path) -> Iterator[str]:
+    """Serve a repository ``owner/llm`` as the hub does, or fail in one way; yield its address."""
+    commit = "0123456789012345678901234567890123456789"
+    names = sorted(file.name for file in files.iterdir())
+
+    class Hub(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+            self.send_response(status)
+            for key, value in headers.items():
+                self.send_header(key.replace("_", "-"), value)
+            if "Content_Length" not in headers:
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            if not self.path.startswith(("/api/models/owner/llm", "/owner/llm/")):
+                self.answer(404)
+                return
+            if behaviour in ("401", "404"):
+                code = {"X_Error_Code": "RepoNotFound"} if behaviour == "404" else {}
+                self.answer(int(behaviour), b"{}", **code)
+                return
+            if "/tree/" in self.path:
+                tree = [
+                    {
+                        "type": "file",
+                        "path": name,
+                        "oid": "0",
+                        "size": (files / name).stat().st_size,
+                    }
+                    for name in names
+                ]
+                self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
+                return
+            if "/resolve/" not in self.path:
+                siblings = [{"rfilename": name} for name in names]
+                body = json.dumps({"id": "owner/llm", "sha": commit, "siblings": siblings})
+                self.answer(200, body.encode(), Content_Type="application/json")
+                return
+            data = (files / self.path.rsplit("/", 1)[1]).read_bytes()
+            about = {"ETag": f'"{len(data)}"', "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}
+            if self.command == "HEAD":
+                self.answer(200, Content_Length=str(len(data)), **about)
+                return
+            if behaviour == "half" and self.path.endswith(".safetensors"):
+                self.answer(200, data[: len(data) // 2], Content_Length=str(len(data)), **about)
+                self.close_connection = True
+                return
+            self.answer(200, data, **about)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    if behaviour == "silent":
+        server.shutdown()
+        server.server_close()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        return
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "expected"),
+    [
+        ("silent", "the hub cannot be reached"),
+        ("401", "log in with `hf auth login`"),
+        ("404", "there is no owner/llm on the hub"),
+        ("half", "owner/llm"),
+    ],
+)
+def test_a_hub_that_fails(
+    new_study: Project, tmp_path: Path, behaviour: str, expected: str
+) -> None:
+    files = new_study.root / "checkpoints/llm"
+    settings = {
+        "source": "checkpoint",
+        "checkpoint": "owner/llm",
+        "task": "causal-lm",
+        "revision": None,
+        "trust_remote_code": False,
+    }
+
+    def resolve(address: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_ENDPOINT": address,
+            "HF_TOKEN": "hf_planted_secret",
+            "HF_HUB_ETAG_TIMEOUT": "1",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        command = [sys.executable, "-m", "layersense", "model", "llm"]
+        command += ["--settings", json.dumps(settings), "--out", str(tmp_path / "model.json")]
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=PATIENCE
+        )
+
+    with hub(behaviour, files) as address:
+        failed = resolve(address)
+    assert failed.returncode == 1, failed.stderr
+    (sentence,) = errors(failed.stderr)
+    assert expected in sentence
+    assert "please report" not in sentence, failed.stderr
+    assert "hf_planted_secret" not in failed.stdout + failed.stderr
+    assert not (tmp_path / "model.json").exists()
+    with hub("sound", files) as address:
+        done = resolve(address)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "model.json").read_bytes())
+    local = json.loads((new_study.root / "checkpoints/llm/config.json").read_bytes())
+    assert record["architecture"] == local["architectures"][0]
+    fetched = Path(record["path"]) / "model.safetensors"
+    assert fetched.read_bytes() == (files / "model.safetensors").read_bytes()
