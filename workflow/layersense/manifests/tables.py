@@ -16,8 +16,6 @@ from layersense.manifests.read import NormalGroup, NormalManifest, read_manifest
 from layersense.quantization.formats import NONE
 
 TABLE_VERSION = 3
-ROWS_TOGETHER = 50_000
-"""Rows of a row group of the summary: each costs memory in the file's footer until the end."""
 BYTES_PER_COST = 2
 """ModelOpt's cost is elements × bits / 16, that is, units of two bytes."""
 
@@ -195,12 +193,13 @@ def table_beside(manifest: str | Path) -> Path:
 
 
 def write_sensitivity(tables: Sequence[str | Path], out: str | Path) -> None:
-    """Concatenate ``layers.parquet`` files in row groups of many, never all in memory.
+    """Concatenate ``layers.parquet`` files, a row group each, never all in memory.
+
+    Pages read one result at a time by its row group.
 
     Raises:
         LayersenseError: a table cannot be read or has other columns.
     """
-    waiting: list[pa.Table] = []
     with atomic_path(out) as temporary, _writer(temporary, LAYERS) as writer:
         for path in tables:
             try:
@@ -217,12 +216,7 @@ def write_sensitivity(tables: Sequence[str | Path], out: str | Path) -> None:
                         "run `snakemake` again"
                     )
                 for index in range(file.num_row_groups):
-                    waiting.append(file.read_row_group(index).cast(LAYERS))
-                    if sum(table.num_rows for table in waiting) >= ROWS_TOGETHER:
-                        writer.write_table(pa.concat_tables(waiting).unify_dictionaries())
-                        waiting = []
-        # The schema's own columns, also where there is no table at all.
-        writer.write_table(pa.concat_tables([LAYERS.empty_table(), *waiting]).unify_dictionaries())
+                    writer.write_table(file.read_row_group(index).cast(LAYERS))
 
 
 def write_runs(manifests: Sequence[str | Path], out: str | Path) -> None:
