@@ -262,9 +262,7 @@ class _Step:
     column: int
     weight_key: str
     input_key: str | None
-    """None if the input stays as it is."""
-    last_use: bool
-    """Whether no later step of the plan has this input."""
+    """None if the input stays as it is; shared by formats where it begins with ``=``."""
 
 
 class _LinearSite(_Site):
@@ -304,7 +302,6 @@ class _LinearSite(_Site):
         at_once = max(1, STACK_ELEMENTS // max(size, 1))
         flat = input.reshape(-1, input.shape[-1])
         taps.shared_inputs.enter(group, input)
-        own: dict[str, Tensor] = {}
         weight, weight_key = self.weight, ""
         for start in range(0, len(plan), at_once):
             steps = plan[start : start + at_once]
@@ -317,13 +314,13 @@ class _LinearSite(_Site):
                     weight, weight_key = quantize_weight(self.weight), step.weight_key
                 if step.input_key is None:
                     quantized = flat
+                elif step.input_key[0] == "=":
+                    shared = taps.shared_inputs.tensors
+                    if step.input_key not in shared:
+                        shared[step.input_key] = quantize_input(input).reshape(flat.shape)
+                    quantized = shared[step.input_key]
                 else:
-                    held = taps.shared_inputs.tensors if step.input_key[0] == "=" else own
-                    if step.input_key not in held:
-                        held[step.input_key] = quantize_input(input).reshape(flat.shape)
-                    quantized = held[step.input_key]
-                    if step.last_use:
-                        own.pop(step.input_key, None)
+                    quantized = quantize_input(input).reshape(flat.shape)
                 if self.bias is None:
                     torch.mm(quantized, weight.t(), out=place)
                 else:
@@ -341,14 +338,8 @@ class _LinearSite(_Site):
                 key=lambda entry: entry[0],
             )
             self._plans[active] = [
-                _Step(
-                    recipe,
-                    self.taps.column[recipe],
-                    weight_key,
-                    input_key,
-                    last_use=all(later != input_key for _, later, _ in keyed[index + 1 :]),
-                )
-                for index, (weight_key, input_key, recipe) in enumerate(keyed)
+                _Step(recipe, self.taps.column[recipe], weight_key, input_key)
+                for weight_key, input_key, recipe in keyed
             ]
         return self._plans[active]
 
