@@ -5,6 +5,7 @@ Each detector looks at one thing and returns what it saw; :data:`DETECTORS` list
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from layersense.manifests.schema import SUFFIX, Finding, LayerSensitivity, Manifest, plain_name
@@ -44,6 +45,12 @@ class Evidence:
     def formats(self) -> dict[str, FormatScores]:
         """The scheme's formats as measured, smallest first."""
         return {name: self.scores.formats[name] for name in self.manifest.run}
+
+    @cached_property
+    def stability(self) -> Stability | None:
+        """How sure the ranking is; resampled once for all detectors."""
+        ranking = self.manifest.sensitivity_ranking
+        return ranking_stability({entry.name: entry.importance for entry in ranking}, self.formats)
 
 
 def find(evidence: Evidence) -> list[Finding]:
@@ -344,7 +351,7 @@ def few_batches(evidence: Evidence) -> Iterator[Finding]:
 
 def noisy_ranking(evidence: Evidence) -> Iterator[Finding]:
     """Other batches might well have put other groups at the top."""
-    stability = _stability(evidence)
+    stability = evidence.stability
     if stability is not None and stability.other_set > UNSTABLE:
         yield Finding(
             code="noisy-ranking",
@@ -360,7 +367,7 @@ def noisy_ranking(evidence: Evidence) -> Iterator[Finding]:
 
 def disagreeing_halves(evidence: Evidence) -> Iterator[Finding]:
     """Two disjoint halves of the data put other groups at the top."""
-    stability = _stability(evidence)
+    stability = evidence.stability
     if stability is not None and stability.halves:
         yield Finding(
             code="halves-disagree",
@@ -450,11 +457,6 @@ DETECTORS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     engine_warnings,
 )
 """Every detector; findings of equal severity stand in this order."""
-
-
-def _stability(evidence: Evidence) -> Stability | None:
-    ranking = evidence.manifest.sensitivity_ranking
-    return ranking_stability({entry.name: entry.importance for entry in ranking}, evidence.formats)
 
 
 def _why_zero(
