@@ -22,6 +22,7 @@ if not CONFIG.frozen:
 
     include: "workflow/rules/calibration.smk"
     include: "workflow/rules/models.smk"
+    include: "workflow/rules/extensions.smk"
     include: "workflow/rules/scoring.smk"
     include: "workflow/rules/verification.smk"
 

@@ -1,9 +1,10 @@
 """Score a tiny model on the embedded sample as the workflow does, down to the manifest."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -12,6 +13,7 @@ from layersense import settings
 from layersense.calibration.build import build_database
 from layersense.manifests.schema import Manifest
 from layersense.models.checkpoints import resolve, write_checkpoint
+from layersense.quantization.extensions import Built
 from layersense.recipes.decide import build_manifest
 from layersense.scoring.job import score_run
 from layersense.scoring.scores import Scores, read_scores
@@ -58,15 +60,22 @@ def sample_database(folder: Path) -> Path:
 
 
 def study(
-    folder: Path, checkpoint: Path, task: str, *, formats: Sequence[str] = (FP8,), **run: Any
+    folder: Path,
+    checkpoint: Path,
+    task: str,
+    *,
+    formats: Sequence[str] = (FP8,),
+    built: Mapping[str, Built] = MappingProxyType({}),
+    **run: Any,
 ) -> Study:
-    """Score all layers of ``checkpoint`` on the sample.
+    """Score all layers of ``checkpoint`` on the sample, or go on from an earlier call.
 
     Args:
         folder: where the sample's database is kept between studies.
         checkpoint: a directory.
         task: its task.
         formats: what to measure.
+        built: CUDA extensions, as their jobs found them.
         run: keys of the run.
     """
     data = _config(str(checkpoint), task, run)
@@ -83,6 +92,7 @@ def study(
         model_file=model_file,
         database_file=sample_database(folder),
         out=out / "scores.json",
+        built=built,
     )
     scores = read_scores(out / "scores.json")
     return Study(scores, build_manifest(scores, "run", "scheme", config.schemes["scheme"], {}))

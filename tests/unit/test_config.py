@@ -147,8 +147,8 @@ def test_a_valid_config_is_accepted_with_its_defaults() -> None:
         ("formats", None, "formats: expected a mapping, found nothing"),
         ("frozen", "perhaps", 'frozen: expected true or false, found "perhaps"'),
         ("reprot", {}, "reprot: expected one of the keys `datasets`, `models`, `formats`, "
-         '`schemes`, `runs`, `manifests`, `report` or `frozen`, found "reprot"; did you mean '
-         "`report`?"),
+         '`schemes`, `runs`, `manifests`, `report`, `extensions` or `frozen`, '
+         'found "reprot"; did you mean `report`?'),
     ],
 )  # fmt: skip
 def test_one_problem_is_one_line(path: str, value: Any, expected: str) -> None:

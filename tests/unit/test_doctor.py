@@ -1,5 +1,6 @@
 """The preflight: every line from something provoked, none an exception."""
 
+import json
 import os
 import subprocess
 import sys
@@ -111,6 +112,25 @@ def test_a_missing_compiler_is_named(place: Path) -> None:
     (line,) = found()["CUDA compiler"]
     assert line.status == "warning"
     assert "g++" in line.found
+
+
+def test_the_extensions_of_the_cache_are_listed(place: Path) -> None:
+    (line,) = found()["extension cache"]
+    assert line.found.endswith("torch_extensions: empty, filled before the first run")
+    folder = place / "cache" / "sm_90-torch1"
+    folder.mkdir(parents=True)
+    for name, state in (("fp8", "built"), ("int", "built"), ("mx", "failed")):
+        (folder / f"{name}.json").write_text(
+            json.dumps(
+                {"extension": name, "state": state, "key": "sm_90-torch1", "reason": "no nvcc"}
+            )
+        )
+    file = config(place)
+    file.write_text(yaml.safe_dump({**CONFIG, "extensions": str(place / "cache")}))
+    lines = found(file)
+    assert lines["extension cache"][0].found == "~/cache/sm_90-torch1: fp8, int"
+    (failed,) = lines["extension"]
+    assert (failed.status, failed.found) == ("warning", "MX formats: could not be built (no nvcc)")
 
 
 def test_a_version_that_was_not_tested(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

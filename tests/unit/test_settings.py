@@ -98,6 +98,7 @@ def slices(config: Config, measured: Any = None) -> Slices:
         ({"runs__r__modality": "image_text"}, set()),
         # What a batch cannot use changes nothing.
         ({"runs__s__prompt": "What is this?"}, set()),
+        ({"extensions": "/scratch/extensions"}, set()),
         ({"runs__s__max_pixels": 1000}, set()),
         ({"runs__r__prompt": "What is this?"}, {"score r", "solve r a", "solve r b"}),
         ({"runs__r__max_pixels": 1000}, {"score r", "solve r a", "solve r b"}),
@@ -246,3 +247,14 @@ def test_images_are_as_many_as_there_are() -> None:
     )
     sampling = settings.score_settings(some, "r")["sampling"]
     assert (sampling["calibration_samples"], sampling["score_samples"]) == (9, 5)
+
+
+def test_a_run_needs_the_extensions_of_all_formats_that_it_tracks() -> None:
+    assert settings.run_extensions(config(), "r", {}) == ["int", "fp8"]
+    before = config(schemes__a__quant_formats=[FP8, "MXFP8_ALL_LAYERS_CFG"])
+    held = {
+        name: settings.measured_entry(settings.score_settings(before, "s"), format)
+        for name, format in settings.run_formats(before, "s").items()
+    }
+    # A format that was measured and is not wanted any more stays, and so does what it needs.
+    assert settings.run_extensions(config(), "s", held) == ["int", "fp8", "mx"]

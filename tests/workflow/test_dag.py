@@ -21,7 +21,7 @@ EXAMPLES = sorted(
     path.name for path in (Path(__file__).parents[2] / "config" / "examples").glob("*.yaml")
 )
 SCHEME_RULES = ("solve", "layers", "frontier", "recipe", "report", "page")
-MEASURING = {"dataset", "model", "score", "scores", "verify"}
+MEASURING = {"dataset", "model", "extension", "score", "scores", "verify"}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,11 @@ def test_the_snakefile_in_workflow_gives_the_same(project: Project) -> None:
 def test_each_run_on_a_gpu_asks_for_one(project: Project, tmp_path: Path) -> None:
     config = default_config(project)
     config["runs"]["demo.captions"]["device"] = "cuda"
-    assert gpus(dag_of(project, config, tmp_path)) == {"score/demo.captions": 1}
+    jobs = dag_of(project, config, tmp_path)
+    assert gpus(jobs) == {"score/demo.captions": 1}
+    assert set(jobs) == expected(config) | {"extension/fp8"}
+    assert "results/extensions/fp8.json" in jobs["score/demo.captions"]["input"]
+    assert "extensions" not in jobs["score/demo.image-text"]["input"]
     del config["runs"]["demo.image-text"]["device"]
     jobs = dag_of(project, config, tmp_path)
     assert gpus(jobs) == {
@@ -240,7 +244,9 @@ def test_an_example_beside_its_files(repository: Path, tmp_path: Path, example: 
     file = project.root / "config" / "examples" / example
     jobs = dag(project, "--configfile", str(file), "--resources", "gpu=1")
     config = yaml.safe_load(file.read_text())
-    assert set(jobs) == expected(config)
+    extensions = {job for job in jobs if job.startswith("extension/")}
+    assert extensions
+    assert set(jobs) == expected(config) | extensions
     assert gpus(jobs) == {f"score/{run}": 1 for run in config["runs"]}
 
 

@@ -40,6 +40,12 @@ Settings = Annotated[
 Out = Annotated[Path, typer.Option(help="File to write.")]
 Manifest = Annotated[Path, typer.Option(help="Manifest of one scheme.")]
 Template = Annotated[Path, typer.Option(help="Jinja2 template.")]
+Cache = Annotated[
+    str | None, typer.Option(help="Folder of CUDA extensions, for all GPUs and versions.")
+]
+Extensions = Annotated[
+    list[Path] | None, typer.Argument(help="What came of building the CUDA extensions.")
+]
 Scripts = Annotated[Path, typer.Option(help="What `layersense scripts` wrote.")]
 
 RULES = "Steps of the workflow"
@@ -66,6 +72,18 @@ def model(name: str, settings: Settings, out: Out) -> None:
 
 
 @app.command(rich_help_panel=RULES)
+def extension(name: str, out: Out, cache: Cache = None) -> None:
+    """Build one of ModelOpt's CUDA extensions, and record whether that worked."""
+    import msgspec
+
+    from layersense.files import write_json
+    from layersense.quantization.build import build
+    from layersense.quantization.extensions import cache_folder
+
+    write_json(out, msgspec.to_builtins(build(name, cache_folder(cache))))
+
+
+@app.command(rich_help_panel=RULES)
 def score(
     run: str,
     settings: Settings,
@@ -77,14 +95,17 @@ def score(
     database: Annotated[Path, typer.Option(help="Calibration database.")],
     out: Out,
     measured: Annotated[Path, typer.Option(help="Index of the score file to write.")],
+    extensions: Extensions = None,
+    cache: Cache = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
 ) -> None:
     """Measure every layer group under every missing format."""
     _quiet()
+    from layersense.quantization.extensions import read_all
     from layersense.scoring.job import score_run
     from layersense.settings import write_measured
 
-    score_run(
+    scores = score_run(
         run,
         settings,
         formats,
@@ -92,8 +113,10 @@ def score(
         database_file=database,
         out=out,
         threads=threads,
+        built=read_all(extensions or []),
+        cache=cache,
     )
-    write_measured(measured, settings, formats)
+    write_measured(measured, settings, {name: formats[name] for name in scores.formats})
 
 
 @app.command(rich_help_panel=RULES)
@@ -168,6 +191,7 @@ def verify(
     model: Annotated[Path, typer.Option(help="Record of the checkpoint.")],
     database: Annotated[Path, typer.Option(help="Calibration database.")],
     out: Out,
+    cache: Cache = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
 ) -> None:
     """Measure recipes and single groups on the held-out rows, where that is missing."""
@@ -182,6 +206,7 @@ def verify(
         database_file=database,
         out=out,
         threads=threads,
+        cache=cache,
     )
 
 

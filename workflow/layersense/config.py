@@ -328,6 +328,10 @@ class Config(Section):
     """Results of other implementations; the name is that of a run in the tables."""
     report: Report = Report()
     """How reports look."""
+    extensions: str | None = None
+    """Folder in which ModelOpt's CUDA extensions are compiled, once for each kind of GPU and each
+    version of torch and ModelOpt; default `TORCH_EXTENSIONS_DIR`, or `~/.cache/torch_extensions`.
+    All jobs share it, so on a cluster all nodes have to see it."""
     # Lax: `--config frozen=true` arrives as text.
     frozen: bool = Field(False, strict=False)
     """Leave the measuring rules out: render what is there, name what is missing."""

@@ -97,9 +97,10 @@ What a site decides stands in a profile, never in the config or a rule:
 1. copy [`profiles/slurm`](../profiles/slurm/config.yaml) to `profiles/my-site`;
 2. uncomment `slurm_partition` and `slurm_account` (`sacctmgr show assoc user=$USER`);
 3. set `gpu=` under `resources` to the GPUs you may hold at once;
-4. if there are several models of GPU, uncomment `score:gpu_model` (`sinfo -o %G`);
+4. if there are several models of GPU, uncomment the two lines of `gpu_model` (`sinfo -o %G`);
 5. keep `slurm-status-command: squeue`, unless `sacct -X` lists your finished jobs;
-6. load modules, and set `HF_HOME` and `TORCH_EXTENSIONS_DIR`, in the shell that starts Snakemake;
+6. load modules and set `HF_HOME` in the shell that starts Snakemake; set `extensions` of the config
+   to a folder that all nodes see, unless home is one;
 7. put repository, `.venv`, checkpoints and `results/` on a file system that all nodes see, or use
    `--software-deployment-method conda` for the environments;
 8. `snakemake --profile profiles/my-site -n` shows what would be asked;

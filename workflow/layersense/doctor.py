@@ -22,6 +22,13 @@ from layersense import paths
 from layersense.config import Config
 from layersense.errors import LayersenseError
 from layersense.files import has_locks
+from layersense.quantization.extensions import (
+    EXTENSIONS,
+    RETRY,
+    Built,
+    cache_folder,
+    known_builds,
+)
 from layersense.quantization.formats import resolve_format
 from layersense.validation import load_config, read_config_file
 
@@ -168,24 +175,33 @@ def _compiler(config: Config | None) -> Iterator[Line]:
     cuda = config is None or any(run.device == "cuda" for run in config.runs.values())
     if not cuda:
         return
-    folder = Path(
-        os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
-    )
-    built = sorted({file.stem for file in folder.rglob("*.so")}) if folder.is_dir() else []
     missing = [name for name in ("nvcc", "g++", "ninja") if _program(name) is None]
     if missing:
         yield Line(
             "warning",
             "CUDA compiler",
-            f"no {', '.join(missing)}: FP8 is simulated; INT8, INT4 and MX are refused on a GPU",
+            f"no {', '.join(missing)}: FP8 is simulated; INT8, INT4 and MX are left out on a GPU",
             "pip install -r envs/cuda.txt; apt-get install g++",
         )
     else:
         yield Line("ok", "CUDA compiler", "nvcc, g++ and ninja")
-    if built:
-        yield Line("ok", "extension cache", f"{_short(folder)}: {', '.join(built)}")
-    else:
-        yield Line("ok", "extension cache", f"{_short(folder)}: empty, filled by the first GPU job")
+    folder = cache_folder(config.extensions if config else None)
+    by_key: dict[str, list[Built]] = {}
+    for record in known_builds(folder):
+        by_key.setdefault(record.key, []).append(record)
+    if not by_key:
+        yield Line("ok", "extension cache", f"{_short(folder)}: empty, filled before the first run")
+    for key, records in by_key.items():
+        there = ", ".join(record.extension for record in records if record.state == "built")
+        yield Line("ok", "extension cache", f"{_short(folder)}/{key}: {there or 'nothing built'}")
+        for record in records:
+            if record.state == "failed":
+                yield Line(
+                    "warning",
+                    "extension",
+                    f"{EXTENSIONS[record.extension]}: could not be built ({record.reason})",
+                    f"mend that, then `{RETRY}`",
+                )
 
 
 def _memory(config: Config | None) -> Iterator[Line]:

@@ -5,6 +5,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import time
@@ -13,7 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from layersense.errors import LayersenseError
+
+logger = logging.getLogger(__name__)
 
 _STALE_SECONDS = 24 * 3600
 
@@ -114,6 +119,43 @@ def has_locks(folder: str | Path) -> bool:
                 return False
             raise
     return True
+
+
+@contextmanager
+def exclusive(lock_file: Path, waiting: str, without: str) -> Iterator[None]:
+    """Let one process at a time run the block; the kernel frees the lock even after SIGKILL.
+
+    The lock file is never deleted, or two processes could hold two files of one name.
+
+    Args:
+        lock_file: the file; its folder is made.
+        waiting: what is logged while another process holds it.
+        without: what is logged where the file system has no locks, and the block runs all the same.
+
+    Raises:
+        LayersenseError: the file cannot be written.
+    """
+    try:
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        locks = has_locks(lock_file.parent)
+        lock = FileLock(lock_file)
+        if locks:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.info("%s: %s", lock_file, waiting)
+                lock.acquire()
+    except OSError as error:
+        raise LayersenseError(
+            f"{lock_file}: cannot be written ({error.strerror or error}); make the folder "
+            "writable, or move it to where there is space and link it"
+        ) from error
+    if not locks:
+        logger.warning("%s: this file system has no locks, so %s", lock_file.parent, without)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _remove_stale(target: Path) -> None:

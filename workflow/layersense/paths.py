@@ -13,6 +13,7 @@ RESERVED_RUNS = frozenset(
         "models",
         "logs",
         "benchmarks",
+        "extensions",
         "assets",
         "sensitivity.parquet",
         "runs.parquet",
@@ -37,6 +38,11 @@ def calibration(dataset: str) -> str:
 def model(model: str) -> str:
     """Return the record of a resolved checkpoint: where it lies, its digest, its size."""
     return f"{RESULTS}/models/{model}/model.json"
+
+
+def extension(extension: str) -> str:
+    """Return the record of whether one of ModelOpt's CUDA extensions could be built."""
+    return f"{RESULTS}/extensions/{extension}.json"
 
 
 def scores(run: str) -> str:

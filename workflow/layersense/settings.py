@@ -16,7 +16,8 @@ from layersense.config import ROW_MODALITIES, SCORE_SAMPLES, TASK_MODALITIES, Co
 from layersense.errors import LayersenseError
 from layersense.files import canonical_json, digest_file, digest_json, write_json
 from layersense.models.outside import find_module
-from layersense.quantization.formats import format_settings, resolve_format
+from layersense.quantization.extensions import needed_extensions
+from layersense.quantization.formats import format_from_settings, format_settings, resolve_format
 from layersense.verification.store import VERIFICATION_VERSION
 
 ENGINE_VERSIONS: dict[Engine, int] = {"fused": 1, "modelopt": 1}
@@ -222,6 +223,15 @@ def tracked_formats(
         if meaning is None or canonical_json(meaning) == canonical_json(entry["format"]):
             tracked[name] = dict(entry["format"])
     return tracked
+
+
+def run_extensions(
+    config: Config, run: str, measured: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Return the CUDA extensions that the :func:`tracked_formats` of a run need on a GPU."""
+    tracked = tracked_formats(config, run, measured)
+    formats = [format_from_settings(name, format) for name, format in tracked.items()]
+    return needed_extensions(formats, score_settings(config, run)["modality"])
 
 
 def outside_digest(task: str) -> str:

@@ -20,6 +20,8 @@ from layersense.errors import LayersenseError
 from layersense.files import canonical_json, check_writable
 from layersense.manifests.schema import SCHEMA_VERSION as MANIFEST_VERSION
 from layersense.manifests.tables import TABLE_VERSION
+from layersense.quantization.extensions import EXTENSIONS
+from layersense.quantization.formats import registry
 from layersense.recipes.frontier import FRONTIER_VERSION
 from layersense.recipes.quant_config import QUANT_CONFIG_VERSION
 from layersense.verification.store import VERIFICATION_TABLE_VERSION
@@ -60,7 +62,14 @@ def names(mapping):
     return "|".join(re.escape(name) for name in mapping)
 
 
+# Where extensions are kept changes no result, so it is no parameter of a rule.
+CACHE = f" --cache {shlex.quote(CONFIG.extensions)}" if CONFIG.extensions else ""
+CACHE = CACHE.replace("{", "{{").replace("}", "}}")
+EXTENSIONS_VERSION = f"modelopt-{registry().modelopt}"
+
+
 wildcard_constraints:
+    extension=names(EXTENSIONS),
     dataset=names(CONFIG.datasets),
     model=names(CONFIG.models),
     run=names(CONFIG.runs),
@@ -140,6 +149,15 @@ def formats_to_have(wildcards):
 def on_gpu(wildcards):
     """Return whether a run scores on a GPU."""
     return CONFIG.runs[wildcards.run].device == "cuda"
+
+
+def extensions_of_run(wildcards):
+    """Return the CUDA extensions that a run's formats need, if it scores on a GPU."""
+    if not on_gpu(wildcards):
+        return []
+    held = settings.read_measured(paths.measured(wildcards.run))
+    needed = settings.run_extensions(CONFIG, wildcards.run, held)
+    return [paths.extension(name) for name in needed]
 
 
 def measured_scores(wildcards):

@@ -6,6 +6,7 @@ rule score:
     input:
         model=lambda wildcards: paths.model(CONFIG.runs[wildcards.run].model),
         database=lambda wildcards: paths.calibration(CONFIG.runs[wildcards.run].dataset),
+        extensions=extensions_of_run,
     output:
         scores=update(paths.scores("{run}")),
         measured=update(paths.measured("{run}")),
@@ -31,7 +32,8 @@ rule score:
         formats=formats_to_have,
     shell:
         PYTHON
-        + " -m layersense score {wildcards.run:q} --settings {params.settings:q}"
+        + " -m layersense score {wildcards.run:q} {input.extensions:q} --settings {params.settings:q}"
         " --formats {params.formats:q} --model {input.model:q} --database {input.database:q}"
         " --out {output.scores:q} --measured {output.measured:q} --threads {threads}"
-        " > {log:q} 2>&1"
+        + CACHE
+        + " > {log:q} 2>&1"

@@ -32,4 +32,4 @@ rule verify:
     shell:
         PYTHON + " -m layersense verify {wildcards.run:q} {input.manifests:q}"
         " --settings {params.settings:q} --model {input.model:q} --database {input.database:q}"
-        " --out {output:q} --threads {threads} > {log:q} 2>&1"
+        " --out {output:q} --threads {threads}" + CACHE + " > {log:q} 2>&1"

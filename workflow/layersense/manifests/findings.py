@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from layersense.manifests.schema import SUFFIX, Finding, LayerSensitivity, Manifest, plain_name
 from layersense.manifests.stability import Stability, ranking_stability
+from layersense.quantization.extensions import RETRY
 from layersense.quantization.formats import NONE
 from layersense.scoring.scores import FormatScores, Scores
 
@@ -127,6 +128,22 @@ def other_settings(evidence: Evidence) -> Iterator[Finding]:
             why="The results are frozen (frozen: true), so nothing is measured again.",
             fix="Trust these scores only for the settings they were measured under, or run "
             "without frozen to measure again.",
+        )
+
+
+def left_out(evidence: Evidence) -> Iterator[Finding]:
+    """A format of the scheme could not be measured."""
+    for reason, names in _grouped(
+        (evidence.scores.left_out[name], name)
+        for name in evidence.manifest.scheme.quant_formats
+        if name in evidence.scores.left_out
+    ).items():
+        yield Finding(
+            code="format-left-out",
+            severity="warning",
+            what=f"{_and(names)}: not measured, and no part of the recipe.",
+            why=f"{reason}, and ModelOpt has no other code for this format on a GPU.",
+            fix=f"Mend what the compiler says (envs/cuda has nvcc and ninja), then run `{RETRY}`.",
         )
 
 
@@ -264,7 +281,7 @@ def simulated_kernels(evidence: Evidence) -> Iterator[Finding]:
             "compiled CUDA extension.",
             why="The extension could not be built; it needs nvcc, a C++ compiler and ninja.",
             fix="The ranking is usually the same; for exact numbers install the cuda environment "
-            "(envs/) and score again.",
+            f"(envs/) and run `{RETRY}`, which measures it again.",
         )
 
 
@@ -438,6 +455,7 @@ DETECTORS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     not_finite,
     clamped,
     other_settings,
+    left_out,
     subsystem_at_zero,
     unreached,
     unreached_experts,

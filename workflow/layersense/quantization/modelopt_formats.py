@@ -10,6 +10,7 @@ from modelopt.torch.quantization.nn import QuantModuleRegistry
 from pydantic import ValidationError
 
 from layersense.errors import LayersenseError
+from layersense.quantization.extensions import EXTENSIONS
 from layersense.quantization.formats import Attributes, Format, format_settings, registry
 
 Kernel = Literal["compiled", "simulated", "native"]
@@ -85,10 +86,10 @@ def kernel_mode(format: Format, device: str) -> Kernel:
         return "native"
     missing = {name for name in format.extensions if not _LOADERS[name]()}
     if refused := missing - {"fp8"}:
+        titles = " and ".join(EXTENSIONS[name] for name in sorted(refused))
         raise LayersenseError(
-            f"format `{format.name}` needs ModelOpt's CUDA extension for "
-            f"{' and '.join(_TITLES[name] for name in sorted(refused))}, which could not be built "
-            "here; install nvcc, g++ and ninja (envs/cuda), or take an FP8 format"
+            f"format `{format.name}` needs ModelOpt's CUDA extension for {titles}, which could not "
+            "be built here; install nvcc, g++ and ninja (envs/cuda), or take an FP8 format"
         )
     return "simulated" if missing else "compiled"
 
@@ -155,18 +156,17 @@ def _is_registered(name: str) -> bool:
     return True
 
 
-def _has_nvfp4() -> bool:
-    # Imported here because it asks for the GPU.
+def has_triton_nvfp4() -> bool:
+    """Return whether a Triton kernel does NVFP4 on this GPU, so that nvcc compiles nothing."""
+    # Imported here because it asks for the GPU; it has the kernel above compute capability 8.9.
     from modelopt.torch.kernels.quantization import gemm
 
-    # Above compute capability 8.9 a Triton kernel does it, and nothing is compiled by nvcc.
-    return hasattr(gemm, "fp4_fake_quant_block") or extensions.get_cuda_ext_mx() is not None
+    return hasattr(gemm, "fp4_fake_quant_block")
 
 
 _LOADERS: dict[str, Callable[[], bool]] = {
     "int": lambda: extensions.get_cuda_ext() is not None,
     "fp8": lambda: extensions.get_cuda_ext_fp8() is not None,
     "mx": lambda: extensions.get_cuda_ext_mx() is not None,
-    "nvfp4": _has_nvfp4,
+    "nvfp4": lambda: has_triton_nvfp4() or extensions.get_cuda_ext_mx() is not None,
 }
-_TITLES = {"int": "integers", "fp8": "FP8", "mx": "MX formats", "nvfp4": "NVFP4"}

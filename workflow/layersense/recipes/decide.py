@@ -24,6 +24,7 @@ from layersense.manifests.schema import (
     label,
     plain_name,
 )
+from layersense.quantization.extensions import RETRY
 from layersense.quantization.formats import NONE
 from layersense.quantization.layers import is_router
 from layersense.recipes.budgets import Limit, budget_of
@@ -117,7 +118,17 @@ def build_manifest(
         LayersenseError: a format was not measured, or the budget cannot be met.
     """
     where = f"run {run}, scheme {scheme_name}"
-    for name in scheme.quant_formats:
+    left_out = {
+        name: scores.left_out[name] for name in scheme.quant_formats if name in scores.left_out
+    }
+    measured = [name for name in scheme.quant_formats if name not in left_out]
+    if not measured:
+        name, reason = next(iter(left_out.items()))
+        raise LayersenseError(
+            f"{where}: none of its formats could be measured; {name}: {reason}; mend that and run "
+            f"`{RETRY}`, or choose other formats"
+        )
+    for name in measured:
         if name not in scores.formats:
             raise LayersenseError(
                 f"{where}: format {name} has not been measured; run "
@@ -131,7 +142,7 @@ def build_manifest(
         )
     # ModelOpt's order: by compression; of equal bits by name, to have one order.
     formats = sorted(
-        dict.fromkeys(scheme.quant_formats),
+        dict.fromkeys(measured),
         key=lambda name: (scores.formats[name].effective_bits, name),
     )
     groups = {handle: _group(scores, handle, formats) for handle in scores.groups}
@@ -291,7 +302,8 @@ def _choose(
     problem = menu.problem
     lowest = fsum(problem.costs.min(axis=1))
     if lowest > limit.room * (1 + BUDGET_TOLERANCE):
-        raise LayersenseError(_unreachable(scores, groups, limit, lowest, where))
+        left_out = [name for name in scheme.quant_formats if name in scores.left_out]
+        raise LayersenseError(_unreachable(scores, groups, limit, lowest, where, left_out))
     solution = solve(problem, limit.room, scheme.objective)
     flips = menu.flips(solution.choice, limit.room)
     for handle, name in menu.recipe(solution.choice).items():
@@ -326,7 +338,12 @@ def _choose(
 
 
 def _unreachable(
-    scores: Scores, groups: Mapping[str, _Group], limit: Limit, lowest: float, where: str
+    scores: Scores,
+    groups: Mapping[str, _Group],
+    limit: Limit,
+    lowest: float,
+    where: str,
+    left_out: Sequence[str],
 ) -> str:
     total = fsum(group.n_weights for group in scores.groups.values())
     kept: dict[str, float] = {}
@@ -340,6 +357,8 @@ def _unreachable(
         else f"{share:.1%} of the searched weights are {why}"
         for why, share in sorted(kept.items(), key=lambda item: -item[1])
     )
+    if left_out:
+        limits += f"{'; ' if limits else ''}{' and '.join(left_out)} could not be measured"
     # Rounded up, so that the number named can be asked for.
     reachable = ceil_digits(limit.used(lowest))
     return (

@@ -6,15 +6,23 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from layersense.calibration.database import open_database
 from layersense.errors import LayersenseError
-from layersense.files import digest_json, has_locks
+from layersense.files import digest_json, exclusive
 from layersense.models.checkpoints import Checkpoint, read_checkpoint
-from layersense.quantization.formats import check_device, format_from_settings
+from layersense.quantization.extensions import (
+    RETRY,
+    Built,
+    cache_folder,
+    is_complete,
+    needed_extensions,
+    sentence,
+    why_left_out,
+)
+from layersense.quantization.formats import Format, check_device, format_from_settings
 from layersense.scoring.in_progress import InProgress
 from layersense.scoring.lease import lease, visible_devices
 from layersense.scoring.scores import (
@@ -38,8 +46,10 @@ def score_run(
     database_file: Path,
     out: Path,
     threads: int | None = None,
-) -> list[str]:
-    """Bring a run's score file up to date; return the names of the formats that were measured.
+    built: Mapping[str, Built] = MappingProxyType({}),
+    cache: str | None = None,
+) -> Scores:
+    """Bring a run's score file up to date; return what it holds.
 
     A format's entry is reused only where its digest, over everything that determines it, matches.
     If all match, the job ends before it imports torch or leases a GPU. What an interrupted job had
@@ -53,9 +63,13 @@ def score_run(
         database_file: calibration database.
         out: score file.
         threads: CPU threads of torch; None leaves its default.
+        built: CUDA extension → what came of building it, as its own job found. A format that was
+            simulated is measured again once its extension is there.
+        cache: folder of the extensions, as configured.
 
     Raises:
-        LayersenseError: an input is unusable, or the model cannot be scored.
+        LayersenseError: an input is unusable, the model cannot be scored, or none of the formats
+            can be measured here.
     """
     partial = out.with_name(f".{out.name}.partial")
     with only_job(out.with_name(f".{out.name}.lock")):
@@ -74,6 +88,8 @@ def score_run(
             for name, format in formats.items()
         }
         held = _held(out, partial, digests)
+        if held is not None:
+            _forget_simulated(held, formats, settings["modality"], built)
         in_progress = InProgress(out.with_name(f".{out.name}.in-progress"), digest_json(digests))
         missing = [name for name in formats if held is None or name not in held.formats]
         if missing:
@@ -90,6 +106,7 @@ def score_run(
                 database_file,
                 threads,
                 in_progress,
+                cache_folder(cache),
             ):
                 write_scores(partial, scores)
                 held = scores
@@ -102,10 +119,15 @@ def score_run(
             model_file.parent.name,
             database_file.stem,
         )
+        held.left_out = {
+            name: reason
+            for name, reason in held.left_out.items()
+            if name in formats and name not in held.formats
+        }
         write_scores(out, held)
         partial.unlink(missing_ok=True)
         in_progress.path.unlink(missing_ok=True)
-    return missing
+    return held
 
 
 def _measure(
@@ -120,6 +142,7 @@ def _measure(
     database_file: Path,
     threads: int | None,
     in_progress: InProgress,
+    cache: Path,
 ) -> Iterator[Scores]:
     """Yield the score file's content after each step that completed some formats."""
     wanted = [format_from_settings(name, formats[name]) for name in missing]
@@ -144,6 +167,13 @@ def _measure(
         )
         if threads:
             torch.set_num_threads(threads)
+        built = extensions_here(wanted, settings, cache)
+        left_out = {
+            format.name: reason
+            for format in wanted
+            if (reason := why_left_out(format, built, settings["modality"]))
+        }
+        wanted = _without(wanted, left_out, held)
         for format in wanted:
             validate_format(format)
             require_kernel(format, device)
@@ -200,11 +230,18 @@ def _measure(
             trust_remote_code=checkpoint.trust_remote_code,
             trained_on_calibration=checkpoint.trained_on_calibration,
         )
+        if not wanted:
+            assert held is not None
+            held.left_out = left_out
+            yield held
+            return
         measure = get_engine(settings["engine"])
         for inventory, entries in measure(measurement, wanted):
             for name, entry in entries.items():
                 entry.digest = digests[name]
                 entry.settings = {**settings, "format": formats[name]}
+                if entry.kernel == "simulated":
+                    entry.warnings += [why for why in map(sentence, built.values()) if why]
                 _log_phases(name, entry)
             measured = {**(held.formats if held else {}), **entries}
             held = Scores(
@@ -217,8 +254,55 @@ def _measure(
                 groups=inventory.groups,
                 # In the order of the config, whatever was measured first.
                 formats={name: measured[name] for name in formats if name in measured},
+                left_out=left_out,
             )
             yield held
+
+
+def extensions_here(
+    wanted: Sequence[Format], settings: Mapping[str, Any], cache: Path
+) -> dict[str, Built]:
+    """Return the CUDA extensions that ``wanted`` need, loaded into ModelOpt; none on a CPU."""
+    if settings["device"] == "cpu":
+        return {}
+    from layersense.quantization.build import use
+
+    return use(needed_extensions(wanted, settings["modality"]), cache)
+
+
+def _without(
+    wanted: Sequence[Format], left_out: Mapping[str, str], held: Scores | None
+) -> list[Format]:
+    """Return the formats that can be measured.
+
+    Raises:
+        LayersenseError: there is none, and none is held.
+    """
+    for name, reason in left_out.items():
+        logger.warning("format %s is left out: %s", name, reason)
+    measurable = [format for format in wanted if format.name not in left_out]
+    if not measurable and not (held and held.formats):
+        name, reason = next(iter(left_out.items()))
+        raise LayersenseError(
+            f"format `{name}`: {reason}, and no other format is left to measure; mend that, run "
+            f"`{RETRY}`, or take an FP8 format, which torch can simulate"
+        )
+    return measurable
+
+
+def _forget_simulated(
+    held: Scores,
+    formats: Mapping[str, Mapping[str, Any]],
+    modality: str,
+    built: Mapping[str, Built],
+) -> None:
+    """Forget entries that were simulated and whose extension can be had now."""
+    for name, entry in list(held.formats.items()):
+        if entry.kernel == "simulated" and is_complete(
+            format_from_settings(name, formats[name]), built, modality
+        ):
+            logger.info("%s was simulated and its CUDA extension is there now", name)
+            del held.formats[name]
 
 
 def _log_phases(name: str, entry: FormatScores) -> None:
@@ -269,35 +353,16 @@ def only_job(lock_file: Path) -> Iterator[None]:
     """Let one job at a time work on a run.
 
     After SIGKILL of Snakemake its job's process lives on as an orphan; the successor waits for it
-    and then finds its results. The lock file is never deleted, or two jobs could hold two files of
-    one name.
+    and then finds its results.
     """
-    try:
-        lock_file.parent.mkdir(parents=True, exist_ok=True)
-        locks = has_locks(lock_file.parent)
-        lock = FileLock(lock_file)
-        if locks:
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                logger.info("%s: another job works on this run; waiting for it", lock_file)
-                lock.acquire()
-    except OSError as error:
-        raise LayersenseError(
-            f"{lock_file}: cannot be written ({error.strerror or error}); make the folder "
-            "writable, or move results/ to where there is space and link it"
-        ) from error
-    if not locks:
+    with exclusive(
+        lock_file,
+        "another job works on this run; waiting for it",
         # Two jobs at once would cost time, not results: both write the same, in one step.
-        logger.warning(
-            "%s: this file system has no locks, so nothing keeps a second job from measuring the "
-            "same; after a kill, see that no job of this run is left before starting again",
-            lock_file.parent,
-        )
-    try:
+        "nothing keeps a second job from measuring the same; after a kill, see that no job of this "
+        "run is left before starting again",
+    ):
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -166,6 +166,8 @@ class Scores(msgspec.Struct, kw_only=True):
     groups: dict[str, Group]
     """Every layer group, by handle (with ``.quant_recipe``), in model order."""
     formats: dict[str, FormatScores]
+    left_out: dict[str, str] = {}
+    """Formats that were asked for and could not be measured here → why, without a full stop."""
 
 
 def read_scores(path: str | Path) -> Scores:

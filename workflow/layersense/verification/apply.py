@@ -6,6 +6,8 @@ from pathlib import Path
 from layersense.errors import LayersenseError
 from layersense.files import atomic_path
 from layersense.models.checkpoints import read_checkpoint
+from layersense.quantization.extensions import cache_folder
+from layersense.quantization.formats import format_from_settings
 from layersense.recipes.quant_config import read_quant_config
 
 logger = logging.getLogger(__name__)
@@ -41,10 +43,22 @@ def apply_recipe(
         )
     import modelopt.torch.opt as mto
 
-    from layersense.scoring.job import leased
+    from layersense.scoring.job import extensions_here, leased
     from layersense.verification.replay import apply_config, check_applied, load_calibration
 
     with leased(config.settings["device"]):
+        formats = [
+            format_from_settings(
+                part.format,
+                {
+                    "weight": part.weight,
+                    "input": part.input,
+                    "algorithm": part.config["algorithm"],
+                },
+            )
+            for part in config.parts
+        ]
+        extensions_here(formats, config.settings, cache_folder())
         loaded, calibration = load_calibration(config, checkpoint, database_file)
         model = apply_config(loaded.model, config, calibration)
         check_applied(model, config)

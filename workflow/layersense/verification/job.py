@@ -13,8 +13,9 @@ from layersense.files import digest_json
 from layersense.manifests.read import read_own_manifest
 from layersense.manifests.schema import Manifest
 from layersense.models.checkpoints import Checkpoint, read_checkpoint
+from layersense.quantization.extensions import cache_folder
 from layersense.quantization.formats import NONE, Format, format_from_settings
-from layersense.scoring.job import leased, only_job
+from layersense.scoring.job import extensions_here, leased, only_job
 from layersense.verification.plan import Plan, make_plan
 from layersense.verification.store import (
     MeasuredRecipe,
@@ -36,6 +37,7 @@ def verify_run(
     database_file: Path,
     out: Path,
     threads: int | None = None,
+    cache: str | None = None,
 ) -> int:
     """Bring a run's ``verification.json`` up to date; return how many entries were measured.
 
@@ -50,6 +52,7 @@ def verify_run(
         database_file: calibration database.
         out: file to bring up to date.
         threads: CPU threads of torch; None leaves its default.
+        cache: folder of the CUDA extensions, as configured.
 
     Raises:
         LayersenseError: an input is unusable, or the model cannot be verified.
@@ -76,7 +79,7 @@ def verify_run(
             logger.info("to measure: %d single groups, %d recipes", len(singles), len(recipes))
             found = _measure(
                 run, settings["measured"], wanted, singles, recipes, checkpoint, database_file,
-                threads,
+                threads, cache_folder(cache),
             )  # fmt: skip
             held = _merge(held, found, context)
         else:
@@ -189,6 +192,7 @@ def _measure(
     checkpoint: Checkpoint,
     database_file: Path,
     threads: int | None,
+    cache: Path,
 ) -> Verification:
     with leased(settings["device"]):
         start = time.monotonic()
@@ -208,6 +212,7 @@ def _measure(
         used = {format for format, _ in singles} | {
             name for recipe in recipes.values() for name in recipe.values()
         }
+        extensions_here([wanted.formats[name] for name in used], settings, cache)
         for name in used:
             require_kernel(wanted.formats[name], settings["device"])
         start = time.monotonic()
