@@ -1,10 +1,13 @@
-"""Compare the engines on Qwen2.5-VL-3B's true shape: seconds for a step, peak memory, kernel time.
+"""Compare the engines on a model's true shape: seconds for a step, peak memory, kernel time.
 
-    python benchmarks/scoring_engines.py [--stock] [--formats 16]
+    python benchmarks/scoring_engines.py [--shape qwen2.5-vl-3b] [--formats 16] [--stock] [--job]
 
-Random weights in bfloat16, made on the GPU; batches of 4 images of 640×480. Both engines run in
-one process on the same batches. Step times are medians over batches of different shapes, after
-one batch that compiles and loads kernels. Needs a CUDA GPU with 80 GB and nvcc.
+Random weights in bfloat16, made on the GPU; batches of 4 images of 640×480, or of 4 texts of 512
+tokens. Both engines run in one process on the same batches. Step times are medians over batches of
+different shapes, after one batch that compiles and loads kernels; the fused engine sees each batch
+three times: it launches kernels, records them, replays them. ``--job`` measures all formats from
+the load to the scores on 128 calibration and 32 scoring batches. Needs a CUDA GPU with 80 GB and
+nvcc.
 """
 
 import argparse
@@ -15,24 +18,25 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
 START = time.monotonic()
 
 import torch  # noqa: E402
-from make_random_qwen2_5_vl import make_config  # noqa: E402
+from random_models import SHAPES, make_model  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
-from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: E402
 
 from layersense.calibration.build import build_database  # noqa: E402
 from layersense.calibration.database import open_database  # noqa: E402
 from layersense.config import SampleDataset  # noqa: E402
 from layersense.models.checkpoints import Checkpoint  # noqa: E402
-from layersense.models.demo import make_processor  # noqa: E402
+from layersense.models.tasks.causal_lm import CausalLM  # noqa: E402
 from layersense.models.tasks.image_text_to_text import ImageTextToText  # noqa: E402
 from layersense.models.tasks.protocol import Loaded, Sampling  # noqa: E402
 from layersense.quantization.formats import resolve_format  # noqa: E402
+from layersense.scoring import fused as fused_engine  # noqa: E402
 from layersense.scoring import modelopt_engine  # noqa: E402
 from layersense.scoring.fused.engine import _Engine  # noqa: E402
 from layersense.scoring.fused.fit import Pass  # noqa: E402
@@ -66,32 +70,36 @@ STOCK = (1, 4)
 """Formats in one call of the stock engine; more do not fit 80 GB."""
 
 
-class Random(ImageTextToText):
+class RandomImageText(ImageTextToText):
     """The task on random weights."""
 
-    def load(self, checkpoint: object, *, dtype: str, device: object) -> Loaded:
+    def load(self, checkpoint: Checkpoint, *, dtype: str, device: object) -> Loaded:
         """Make the model on the GPU."""
-        processor = make_processor(["A man rides a horse.", "Two dogs play with a red ball."])
-        torch.manual_seed(0)
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda"):
-            model = Qwen2_5_VLForConditionalGeneration(make_config(processor.tokenizer))
-        torch.set_default_dtype(torch.float32)
-        return Loaded(model.eval(), processor, "random")
+        return Loaded(*make_model(checkpoint.id), checkpoint.id)
 
 
-def make_measurement() -> Measurement:
-    """Return the measurement: one calibration batch, :data:`BATCHES` scoring batches."""
+class RandomText(CausalLM):
+    """The same for texts."""
+
+    load = RandomImageText.load
+
+
+def make_measurement(shape: str, calibration: int, scoring: int) -> Measurement:
+    """Return the measurement of some calibration and scoring batches of 4 samples."""
+    text = not SHAPES[shape].vision
     database = Path(tempfile.mkdtemp()) / "sample.sqlite"
     build_database("sample", SampleDataset(source="sample", calibration=64, heldout=4), database)
     with open_database(database) as opened:
-        rows = opened.rows("caption", "calibration", limit=4 * BATCHES)
+        rows = opened.rows("caption", "calibration", limit=64)
+    # The sample is small: its rows come again, and a text block takes many of them.
+    rows = rows * (4 * max(calibration, scoring) * (50 if text else 1) // len(rows) + 1)
+    samples = 50 if text else 1
     checkpoint = Checkpoint(
         path="",
-        id="random",
+        id=shape,
         revision=None,
         digest="",
-        task="image-text-to-text",
+        task="causal-lm" if text else "image-text-to-text",
         architecture="",
         n_parameters=0,
         dtype="bfloat16",
@@ -100,13 +108,16 @@ def make_measurement() -> Measurement:
     )
     return Measurement(
         checkpoint=checkpoint,
-        task=Random(),
+        task=RandomText() if text else RandomImageText(),
         sampling=Sampling(
-            max_length=512, modality="image_text", min_pixels=307200, max_pixels=307200
+            max_length=512,
+            modality="text" if text else "image_text",
+            min_pixels=307200,
+            max_pixels=307200,
         ),
         method="gradient",
-        calibration_rows=rows[:4],
-        score_rows=rows,
+        calibration_rows=rows[: 4 * calibration * samples],
+        score_rows=rows[: 4 * scoring * samples],
         calibration_batch_size=4,
         score_batch_size=4,
         dtype="bfloat16",
@@ -146,7 +157,8 @@ def fused(what: Measurement, count: int) -> None:
 
     with engine.taps.attached():
         step(0, False, 0)
-        say("forward and backward alone:", table([step(0, False, i) for i in range(1, BATCHES)]))
+        alone = [step(0, False, i) for _ in range(2) for i in range(1, BATCHES)]
+        say("forward and backward alone:", table(alone))
         numbers = [number for number in (1, 2, 4, 8, 16) if number <= count]
         for checkpointing in (False, True):
             for number in numbers:
@@ -155,14 +167,21 @@ def fused(what: Measurement, count: int) -> None:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
                 step(number, checkpointing, 0)
-                times = [step(number, checkpointing, i) for i in range(1, BATCHES)]
-                say(f"fused, {number} formats, checkpointing {checkpointing}:", table(times))
+                rounds = [
+                    [step(number, checkpointing, i) for i in range(1, BATCHES)] for _ in range(3)
+                ]
+                first, second = (statistics.median(times) for times in rounds[:2])
+                say(
+                    f"fused, {number} formats, checkpointing {checkpointing}:",
+                    table(rounds[2]),
+                    f"launched {first:.2f}, recorded {second:.2f} s/step",
+                )
         engine.taps.stopwatch = {}
         step(count, False, 1)
         shown = {name[:-15]: round(v, 3) for name, v in engine.taps.stopwatch.items()}
         engine.taps.stopwatch = None
         say("ΔY of each format, seconds a step (synchronized):", shown)
-        for number in (1, count):
+        for number in (0, 1, count):
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
                 seconds = step(number, False, 2)
             say(f"{number} formats: {busy(profiler) / seconds:.0%} of a step has a kernel running")
@@ -211,22 +230,40 @@ def table(times: list[float]) -> str:
     )
 
 
+def job(what: Measurement, count: int) -> None:
+    """Print the fused engine's whole job."""
+    start = time.monotonic()
+    with redirect_stdout(io.StringIO()):
+        formats = [resolve_format(name, {}) for name in FORMATS[:count]]
+        for _, entries in fused_engine.measure(what, formats):
+            seconds = {
+                key: round(s, 1) for entry in entries.values() for key, s in entry.seconds.items()
+            }
+    say(f"fused, whole job of {count} formats: {time.monotonic() - start:.0f} s,", seconds)
+
+
 def main() -> None:
     """Print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stock", action="store_true", help="measure the stock engine, too")
+    parser.add_argument("--shape", choices=list(SHAPES), default="qwen2.5-vl-3b")
     parser.add_argument("--formats", type=int, default=16, help="how many of the 16 formats")
+    parser.add_argument("--stock", action="store_true", help="measure the stock engine, too")
+    parser.add_argument("--job", action="store_true", help="measure the whole job, too")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    say("imports;", torch.cuda.get_device_name(), "torch", torch.__version__)
-    what = make_measurement()
+    say("imports;", torch.cuda.get_device_name(), "torch", torch.__version__, arguments.shape)
+    what = make_measurement(arguments.shape, 1, BATCHES)
     fused(what, arguments.formats)
+    runs: list[Callable[[], None]] = []
+    if arguments.job:
+        runs.append(lambda: job(make_measurement(arguments.shape, 128, 32), arguments.formats))
     if arguments.stock:
-        for count in STOCK:
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            stock(what, count)
+        runs += [lambda count=count: stock(what, count) for count in STOCK]  # type: ignore[misc]
+    for run in runs:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        run()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
         sampling=Sampling(max_length=64, modality="image_text"),
         method="gradient",
         calibration_rows=rows,
-        score_rows=rows,
+        score_rows=rows * 3,  # shapes come again: graphs are recorded, then replayed
         calibration_batch_size=4,
         score_batch_size=4,
         dtype="bfloat16",
@@ -79,6 +79,25 @@ def test_every_format_scores_as_stock_does(tiny: Any) -> None:
         if rank < 0.9999 or median > 1e-3 or min(ours[name].values()) <= 0:
             bad.append(name)
     assert not bad
+
+
+def test_recorded_graphs_change_no_score(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from layersense.scoring import fused
+    from layersense.scoring.fused.graphs import Graphs
+
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph))
+    )
+    recorded = totals(fused.measure, tiny, FORMATS)
+    count = len(replays)
+    monkeypatch.setattr(Graphs, "suits", lambda *_: False)
+    plain = totals(fused.measure, tiny, FORMATS)
+    assert count > 0
+    assert len(replays) == count
+    for name in FORMATS:
+        assert difference(recorded[name], plain[name]) <= 1e-3, name
 
 
 def test_a_real_lack_of_memory_changes_no_score(tiny: Any) -> None:

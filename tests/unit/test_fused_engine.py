@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytestmark = pytest.mark.slow  # importing ModelOpt takes 15 s
 
@@ -27,7 +29,8 @@ from layersense.models.tasks import get_task  # noqa: E402
 from layersense.models.tasks.protocol import Sampling  # noqa: E402
 from layersense.quantization.formats import known_formats, resolve_format  # noqa: E402
 from layersense.scoring import fused, modelopt_engine  # noqa: E402
-from layersense.scoring.fused import attention, engine, kernels, taps  # noqa: E402
+from layersense.scoring.fused import attention, engine, graphs, kernels, taps  # noqa: E402
+from layersense.scoring.fused.quantizers import Quantizers  # noqa: E402
 from layersense.scoring.measurement import Measurement  # noqa: E402
 from layersense.scoring.scores import FormatScores  # noqa: E402
 
@@ -362,6 +365,36 @@ def test_equal_weights_and_inputs_are_quantized_once(monkeypatch: pytest.MonkeyP
     layers, batches = 3, 2
     assert counts["weight"] == 2 * layers * batches  # INT8 and INT8 weight-only are one weight
     assert counts["input"] == layers * batches  # of INT8 alone
+
+
+@pytest.mark.parametrize("features", [(8, 16), (7, 13)])
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 40))
+def test_added_rows_and_columns_change_no_score(features: tuple[int, int], rows: int) -> None:
+    """What the CUDA graphs compute, on the CPU: shapes rounded up, with no gradient at the rest."""
+    model = nn.Sequential(nn.Linear(*features)).requires_grad_(False)
+    quantizers = Quantizers(model, [resolve_format(name, {}) for name in (INT8, INT4, FP8)])
+    data = torch.randn(rows, features[0])
+    quantizers.calibrate(lambda _: model(data), 1)
+    found = taps.Taps(quantizers)
+    (site,) = found.sites
+    assert isinstance(site, taps._LinearSite)
+    gradient = torch.randn(rows, features[1])
+    plain = site.scores(site._plan(), data, model(data), gradient, {})
+    more, wide = graphs.round_up_rows(rows), graphs.aligned(features[1])
+    x = torch.cat([data, data[:1].expand(more - rows, -1)])
+    g = graphs.pad_to(gradient, more, wide)
+    torch.testing.assert_close(
+        site.scores(site._plan(), x, site._aligned_output(x), g, {}), plain, rtol=1e-4, atol=0
+    )
+
+
+@given(rows=st.integers(1, 10**6))
+def test_rows_are_rounded_up_by_an_eighth_at_most(rows: int) -> None:
+    more = graphs.round_up_rows(rows)
+    assert rows <= more <= rows * 9 / 8
+    assert graphs.round_up_rows(more) == more
+    assert len({graphs.round_up_rows(n) for n in range(512, 1024)}) <= 9
 
 
 # --- memory ------------------------------------------------------------------------------------

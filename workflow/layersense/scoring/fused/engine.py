@@ -187,7 +187,7 @@ class _Engine:
 
     def _step(self, what: Pass, batch: Batch, total: Tensor) -> str | None:
         """Add one forward and backward pass to ``total``; return the message if memory ran out."""
-        self.taps.active = what.recipes
+        self.taps.activate(what.recipes)
         first = self.agreement is None
         loss = torch.zeros(())
         try:
@@ -218,9 +218,14 @@ class _Engine:
         self.taps.take()
         if _overwrites(message):
             return self._step(what, batch, total)
+        again = self.taps.graphs.held
+        self.taps.graphs.close()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        if again:
+            logger.info("out of memory: recorded CUDA graphs are dropped")
+            return self._step(what, batch, total)
         return message
 
     def _smaller(self, what: Pass, batch: Batch, failure: str) -> list[Pass]:

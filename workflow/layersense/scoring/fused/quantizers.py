@@ -116,15 +116,7 @@ class Quantizers:
     def _shares_statistics(self, recipe: QuantRecipe) -> bool:
         format = self.formats[recipe]
         method = format.algorithm["method"] if format.algorithm else "max"
-        # A static block of activations is bound to the batch's shape.
-        blocks = any(
-            isinstance(length, int) and axis.lstrip("-").isdigit()
-            for stage in format.input
-            if stage.get("type") != "dynamic"
-            and (stage.get("block_sizes") or {}).get("type") != "dynamic"
-            for axis, length in (stage.get("block_sizes") or {}).items()
-        )
-        return method in SHARED_ALGORITHMS and not blocks
+        return method in SHARED_ALGORITHMS and not has_static_blocks(format)
 
     def _needs_statistics(self, recipe: QuantRecipe) -> bool:
         # Dynamic ranges and MX scales come from the tensor at hand.
@@ -181,6 +173,17 @@ class Quantizers:
                 for name, child in module.named_children():
                     if name.endswith("input_quantizer") and isinstance(child, nn.Module):
                         yield module, name
+
+
+def has_static_blocks(format: Format) -> bool:
+    """Return whether activations have a calibrated range for each block of the batch's shape."""
+    return any(
+        isinstance(length, int) and axis.lstrip("-").isdigit()
+        for stage in format.input
+        if stage.get("type") != "dynamic"
+        and (stage.get("block_sizes") or {}).get("type") != "dynamic"
+        for axis, length in (stage.get("block_sizes") or {}).items()
+    )
 
 
 class _ChannelMaximum(MaxCalibrator):  # type: ignore[misc]

@@ -25,8 +25,8 @@ from torch.utils import _pytree as pytree
 
 from layersense.files import canonical_json
 from layersense.quantization.formats import Format
-from layersense.scoring.fused import kernels
-from layersense.scoring.fused.quantizers import UNQUANTIZED, Quantizers
+from layersense.scoring.fused import graphs, kernels
+from layersense.scoring.fused.quantizers import UNQUANTIZED, Quantizers, has_static_blocks
 from layersense.scoring.scores import Reached
 
 STACK_ELEMENTS = 2**27
@@ -44,8 +44,6 @@ class Taps:
         self.quantizers = quantizers
         self.recipes = list(quantizers.formats)
         self.handles = list(quantizers.groups)
-        self.active: tuple[QuantRecipe, ...] = tuple(self.recipes)
-        """The formats that the next backward pass scores."""
         self.copies = False
         """Whether X and Y are copied, for models that overwrite them in place."""
         self.called: set[str] = set()
@@ -56,13 +54,21 @@ class Taps:
         self.held_bytes: int | None = None
         """Bytes of all X and Y of a forward pass without gradients, while they are counted."""
         self.shared_inputs = _SharedInputs()
+        self.graphs = graphs.Graphs()
         self.column = {recipe: index for index, recipe in enumerate(self.recipes)}
+        self.activate(self.recipes)
         self._last_input = 0
         self._scored: list[tuple[int, Sequence[int], Tensor]] = []
         self._seen: list[tuple[int, Tensor]] = []
         self._reached: set[int] = set()
         self.sleeping = False
         self.sites = self._sites()
+
+    def activate(self, recipes: Sequence[QuantRecipe]) -> None:
+        """Say which formats the next backward pass scores."""
+        self.active = tuple(recipes)
+        self.columns = tuple(self.column[recipe] for recipe in recipes)
+        """Their columns: a key that is cheap to hash, where ModelOpt writes JSON for each hash."""
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -260,9 +266,13 @@ class _Step:
 
     recipe: QuantRecipe
     column: int
+    quantize_input: Any
+    quantize_weight: Any
     weight_key: str
     input_key: str | None
     """None if the input stays as it is; shared by formats where it begins with ``=``."""
+    bound_to_shape: bool
+    """Whether the input's ranges belong to the calibrated shape of the batch."""
 
 
 class _LinearSite(_Site):
@@ -284,7 +294,7 @@ class _LinearSite(_Site):
         weight = module._parameters["weight"]
         assert weight is not None
         self.weight, self.bias = weight, module._parameters.get("bias")
-        self._plans: dict[tuple[QuantRecipe, ...], list[_Step]] = {}
+        self._plans: dict[tuple[int, ...], list[_Step]] = {}
 
     def run(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.weight, self.bias)
@@ -298,50 +308,116 @@ class _LinearSite(_Site):
         taps.see(group, gradient)
         (input,), _ = inputs
         plan = self._plan()
-        size = output.numel()
-        at_once = max(1, STACK_ELEMENTS // max(size, 1))
+        if plan:
+            g = gradient.reshape(-1, gradient.shape[-1])
+            found = self._replayed(plan, input, g)
+            if found is None:
+                taps.shared_inputs.enter(group, input)
+                y = output.reshape(g.shape)
+                found = self.scores(plan, input, y, g, taps.shared_inputs.tensors)
+            taps.add(group, [step.column for step in plan], found)
+        self.check(group, gradient, (input,), {})
+
+    def _replayed(self, plan: Sequence[_Step], input: Tensor, gradient: Tensor) -> Tensor | None:
+        """Return the scores by a CUDA graph; None where that is not possible."""
+        taps = self.taps
+        if (
+            taps.stopwatch is not None  # which asks for the time between formats
+            or not taps.graphs.suits(input, gradient)
+            or any(step.bound_to_shape for step in plan)
+        ):
+            return None
+        # Quantizers find a token's axis by the number of dimensions.
+        ones = (1,) * (input.dim() - 2)
+        return taps.graphs.scores(
+            (self.module, taps.columns, ones),
+            self._aligned_output,
+            lambda x, y, g: self.scores(plan, x.view(*ones, *x.shape), y, g, {}),
+            input.reshape(-1, input.shape[-1]),
+            gradient,
+        )
+
+    def scores(
+        self,
+        plan: Sequence[_Step],
+        input: Tensor,
+        output: Tensor,
+        gradient: Tensor,
+        shared: dict[str, Tensor],
+    ) -> Tensor:
+        """Return the scores of a plan's formats, float32, shape (formats,).
+
+        Args:
+            plan: what to score.
+            input: X, shape (…, input features).
+            output: Y, shape (rows, output features), or wider with zeros.
+            gradient: ∂L/∂Y, shape of the output.
+            shared: quantized inputs by key; those that are not there are added.
+        """
+        taps = self.taps
+        at_once = max(1, STACK_ELEMENTS // max(output.numel(), 1))
         flat = input.reshape(-1, input.shape[-1])
-        taps.shared_inputs.enter(group, input)
-        weight, weight_key = self.weight, ""
+        weight: Tensor = self.weight
+        weight_key = ""
+        found = []
         for start in range(0, len(plan), at_once):
             steps = plan[start : start + at_once]
-            stack = output.new_empty(len(steps), len(flat), self.weight.shape[0])
+            stack = output.new_empty(len(steps), *output.shape)
             for place, step in zip(stack, steps, strict=True):
                 started = taps.tick()
-                quantize_input, quantize_weight = self.quantizers[step.recipe]
                 if step.weight_key != weight_key:
                     del weight  # one at a time
-                    weight, weight_key = quantize_weight(self.weight), step.weight_key
+                    weight, weight_key = step.quantize_weight(self.weight), step.weight_key
                 if step.input_key is None:
                     quantized = flat
                 elif step.input_key[0] == "=":
-                    shared = taps.shared_inputs.tensors
                     if step.input_key not in shared:
-                        shared[step.input_key] = quantize_input(input).reshape(flat.shape)
+                        shared[step.input_key] = step.quantize_input(input).reshape(flat.shape)
                     quantized = shared[step.input_key]
                 else:
-                    quantized = quantize_input(input).reshape(flat.shape)
-                if self.bias is None:
-                    torch.mm(quantized, weight.t(), out=place)
-                else:
-                    torch.addmm(self.bias, quantized, weight.t(), out=place)
+                    quantized = step.quantize_input(input).reshape(flat.shape)
+                self._multiply(quantized, weight, place)
                 taps.tock(step.recipe, started)
-            found = kernels.scores(gradient, stack.view(len(steps), size), output)
-            taps.add(group, [step.column for step in steps], found)
-        self.check(group, gradient, (input,), {})
+            found.append(kernels.scores(gradient, stack.flatten(1), output))
+        return torch.cat(found)
+
+    def _multiply(self, input: Tensor, weight: Tensor, output: Tensor) -> None:
+        """Write the layer's output; zeros where it is wider than the layer."""
+        n, k = weight.shape
+        bias: Tensor | None = self.bias
+        wide = output.shape[1]
+        if wide != n or (output.is_cuda and k % graphs.ALIGNMENT):
+            k = graphs.aligned(k)
+            input = graphs.pad_to(input, len(input), k)
+            weight = graphs.pad_to(weight, wide, k)
+            bias = None if bias is None else functional.pad(bias, (0, wide - n))
+        if bias is None:
+            torch.mm(input, weight.t(), out=output)
+        else:
+            torch.addmm(bias, input, weight.t(), out=output)
+
+    def _aligned_output(self, input: Tensor) -> Tensor:
+        # By the same kernel as the quantized outputs, so that its rounding cancels.
+        output = input.new_empty(len(input), graphs.aligned(self.weight.shape[0]))
+        self._multiply(input, self.weight, output)
+        return output
 
     def _plan(self) -> list[_Step]:
-        active = self.taps.active
-        if active not in self._plans:
-            keyed = sorted(
-                ((_key(self.taps, r, "weight"), _input_key(self.taps, r), r) for r in active),
-                key=lambda entry: entry[0],
-            )
-            self._plans[active] = [
-                _Step(recipe, self.taps.column[recipe], weight_key, input_key)
-                for weight_key, input_key, recipe in keyed
+        columns = self.taps.columns
+        if columns not in self._plans:
+            steps = [
+                _Step(
+                    recipe,
+                    column,
+                    *self.quantizers[recipe],
+                    _key(self.taps, recipe, "weight"),
+                    _input_key(self.taps, recipe),
+                    has_static_blocks(self.taps.quantizers.formats[recipe]),
+                )
+                for recipe, column in zip(self.taps.active, columns, strict=True)
             ]
-        return self._plans[active]
+            self._plans[columns] = sorted(steps, key=lambda step: step.weight_key)
+        return self._plans[columns]
 
 
 class _SharedInputs:
