@@ -1,12 +1,13 @@
 """Compare the engines on a model's true shape: seconds for a step, peak memory, kernel time.
 
-    python benchmarks/scoring_engines.py [--shape qwen2.5-vl-3b] [--formats 16] [--stock] [--job]
+    python benchmarks/scoring_engines.py [--shape qwen2.5-vl-3b …] [--formats 16] [--parts …]
 
 Random weights in bfloat16, made on the GPU; batches of 4 images of 640×480, or of 4 texts of 512
 tokens. Both engines run in one process on the same batches. Step times are medians over batches of
 different shapes, after one batch that compiles and loads kernels; the fused engine sees each batch
-three times: it launches kernels, records them, replays them. ``--job`` measures all formats from
-the load to the scores on 128 calibration and 32 scoring batches. Needs a CUDA GPU with 80 GB and
+three times: it launches kernels, records them, replays them. Parts: ``steps`` of the fused engine;
+its whole ``job``, from the load to the scores, on 128 calibration and 32 scoring batches; steps of
+``stock``. Needs a CUDA GPU with 80 GB and
 nvcc.
 """
 
@@ -18,8 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 START = time.monotonic()
@@ -159,10 +160,10 @@ def fused(what: Measurement, count: int) -> None:
         step(0, False, 0)
         alone = [step(0, False, i) for _ in range(2) for i in range(1, BATCHES)]
         say("forward and backward alone:", table(alone))
-        numbers = [number for number in (1, 2, 4, 8, 16) if number <= count]
+        numbers = sorted({number for number in (1, 2, 4, 8) if number < count} | {count})
         for checkpointing in (False, True):
             for number in numbers:
-                if checkpointing and number not in (4, 16):
+                if checkpointing and number != count:
                     continue
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -245,25 +246,26 @@ def job(what: Measurement, count: int) -> None:
 def main() -> None:
     """Print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=list(SHAPES), default="qwen2.5-vl-3b")
+    parser.add_argument("--shape", choices=list(SHAPES), nargs="+", default=["qwen2.5-vl-3b"])
     parser.add_argument("--formats", type=int, default=16, help="how many of the 16 formats")
-    parser.add_argument("--stock", action="store_true", help="measure the stock engine, too")
-    parser.add_argument("--job", action="store_true", help="measure the whole job, too")
+    parser.add_argument("--parts", choices=["steps", "job", "stock"], nargs="+", default=["steps"])
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    say("imports;", torch.cuda.get_device_name(), "torch", torch.__version__, arguments.shape)
-    what = make_measurement(arguments.shape, 1, BATCHES)
-    fused(what, arguments.formats)
-    runs: list[Callable[[], None]] = []
-    if arguments.job:
-        runs.append(lambda: job(make_measurement(arguments.shape, 128, 32), arguments.formats))
-    if arguments.stock:
-        runs += [lambda count=count: stock(what, count) for count in STOCK]  # type: ignore[misc]
-    for run in runs:
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        run()
+    count = arguments.formats
+    say("imports;", torch.cuda.get_device_name(), "torch", torch.__version__)
+    for shape in arguments.shape:
+        what = make_measurement(shape, 1, BATCHES)
+        runs = {
+            "steps": [partial(fused, what, count)],
+            "job": [partial(job, make_measurement(shape, 128, 32), count)],
+            "stock": [partial(stock, what, number) for number in STOCK],
+        }
+        for run in (run for part in arguments.parts for run in runs[part]):
+            say(shape)
+            run()
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":

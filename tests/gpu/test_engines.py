@@ -90,22 +90,28 @@ def test_recorded_graphs_change_no_score(tiny: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph))
     )
-    recorded = totals(fused.measure, tiny, FORMATS)
+    names = [name for name in FORMATS if "AWQ" not in name]
+    recorded = totals(fused.measure, tiny, names)
     count = len(replays)
     monkeypatch.setattr(Graphs, "suits", lambda *_: False)
-    plain = totals(fused.measure, tiny, FORMATS)
+    plain = totals(fused.measure, tiny, names)
     assert count > 0
     assert len(replays) == count
-    for name in FORMATS:
+    for name in names:
         assert difference(recorded[name], plain[name]) <= 1e-3, name
 
 
-def test_a_real_lack_of_memory_changes_no_score(tiny: Any) -> None:
+def test_a_real_lack_of_memory_changes_no_score(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from layersense.scoring import fused
+    from layersense.scoring.fused.graphs import Graphs
 
     names = ["FP8_ALL_LAYERS_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_ALL_LAYERS_CFG"]
     what = replace(tiny, score_batch_size=16)
-    whole = totals(fused.measure, what, names)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    with monkeypatch.context() as patched:
+        patched.setattr(Graphs, "suits", lambda *_: False)
+        whole = totals(fused.measure, what, names)
     needed = torch.cuda.max_memory_reserved()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory

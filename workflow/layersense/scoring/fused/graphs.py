@@ -39,8 +39,8 @@ class _Record:
 class _Device:
     """What the records of one GPU share."""
 
-    scratch: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Input and gradient, which a graph reads where they were when it was recorded."""
+    scratch: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Input and gradient by size, which a graph reads where they were when it was recorded."""
     stream: Any = field(default_factory=torch.cuda.Stream)
     pool: Any = field(default_factory=torch.cuda.graph_pool_handle)
 
@@ -120,13 +120,13 @@ class Graphs:
     def _fill(
         self, device: _Device, rows: int, input: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if input.dtype not in device.scratch:
-            device.scratch[input.dtype] = (
-                input.new_empty(LARGEST),
-                input.new_empty(LARGEST),
-            )
         width = aligned(gradient.shape[1])
-        first, second = device.scratch[input.dtype]
+        # A power of two, so that all layers together take at most twice what the largest takes.
+        size = 1 << (rows * max(input.shape[1], width) - 1).bit_length()
+        key = (input.dtype, size)
+        if key not in device.scratch:
+            device.scratch[key] = input.new_empty(size), input.new_empty(size)
+        first, second = device.scratch[key]
         x = first[: rows * input.shape[1]].view(rows, -1)
         g = second[: rows * width].view(rows, -1)
         x[: len(input)].copy_(input)
