@@ -177,6 +177,18 @@ def test_a_missing_key_says_what_it_is_for() -> None:
     )
 
 
+def test_a_format_that_the_target_does_not_read_is_refused() -> None:
+    data = valid()
+    data["schemes"]["fp8"]["target"] = "vllm"
+    assert load_config(data, "c.yaml", check_files=False).schemes["fp8"].target == "vllm"
+    data["schemes"]["fp8"]["quant_formats"] = ["INT8_ALL_LAYERS_CFG"]
+    (line,) = problems(data)
+    assert line.startswith("schemes.fp8.quant_formats: vLLM does not read `INT8_ALL_LAYERS_CFG`")
+    data["schemes"]["fp8"]["target"] = "onnx"
+    (line,) = problems(data)
+    assert line.startswith("schemes.fp8.target: ")
+
+
 def test_a_scheme_has_one_budget() -> None:
     data = valid()
     data["schemes"]["fp8"]["size_gb"] = 3.0

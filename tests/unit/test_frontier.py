@@ -19,7 +19,7 @@ from layersense.recipes import frontier as module
 from layersense.recipes.decide import build_manifest
 from layersense.recipes.frontier import frontier_table, knee, write_frontier
 from layersense.recipes.menu import Menu, recipe_digest
-from layersense.recipes.solver import Problem, corners, lower_bound, solve
+from layersense.recipes.solver import Problem, corners, lower_bounds, solve
 
 FP8, INT8, INT4 = sf.FORMATS
 BITS = {FP8: 8, INT8: 8, INT4: 4.125, "NONE": 16}
@@ -251,7 +251,7 @@ def test_corners_and_bounds_agree_with_brute_force(groups):
         assert point.lower_bound <= best
     for budget in (0, 10, 30, 80):
         possible = [score for cost, score in everything if cost <= budget]
-        bound = lower_bound(problem, budget)
+        (bound,) = lower_bounds(problem, [budget])
         assert bound <= min(possible) if possible else math.isinf(bound)
 
 

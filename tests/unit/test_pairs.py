@@ -14,9 +14,9 @@ from layersense.quantization.formats import (
     grid_formats,
     known_formats,
     resolve_format,
-    runtimes,
 )
 from layersense.quantization.pairs import Pair, grid, is_pair, parse_pair
+from layersense.recipes.targets import runtimes
 
 FP4 = {"num_bits": [2, 1], "block_sizes": {"-1": 16, "type": "dynamic", "scale_bits": [4, 3]}}
 
@@ -115,7 +115,7 @@ def test_those_that_modelopt_has_too_are_the_same() -> None:
 
 
 def test_what_no_runtime_loads_is_simulation_only() -> None:
-    assert runtimes(resolve_format("W8A8_FP8_FP8", {})) == ("TensorRT-LLM", "vLLM")
+    assert runtimes(resolve_format("W8A8_FP8_FP8", {})) == ("vLLM", "TensorRT-LLM", "TensorRT")
     # The exporter would write this one as INT8 SmoothQuant.
     assert runtimes(resolve_format("W8A8_INT8_FP8", {})) == ()
 

@@ -13,6 +13,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
 Modality = Literal["image_text", "text", "text_pair", "image_boxes", "image_labels", "image_masks"]
 Method = Literal["gradient", "kl_div"]
 Engine = Literal["fused", "modelopt"]
+Target = Literal["generic", "vllm", "tensorrt-llm", "tensorrt"]
 
 TASK_MODALITIES: dict[str, tuple[Modality, ...]] = {
     "causal-lm": ("text",),
@@ -219,6 +220,9 @@ class Scheme(Section):
     them as if they were insensitive."""
     objective: Literal["sum", "max"] = "sum"
     """What is minimised: the sum of the scores, or their maximum as ModelOpt does for `kl_div`."""
+    target: Target = "generic"
+    """What the recipe is to run on: which formats can stand together, which layers must agree and
+    which cannot be quantized at all. `generic` restricts nothing; `tensorrt` is for ONNX files."""
 
 
 class Verify(Section):

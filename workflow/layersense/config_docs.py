@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -22,9 +22,9 @@ from layersense.quantization.formats import (
     known_formats,
     registry,
     resolve_format,
-    runtimes,
 )
 from layersense.quantization.pairs import Pair, grid
+from layersense.recipes.targets import TARGETS, runtimes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCHEMA = REPOSITORY / "workflow/schemas/config.schema.json"
@@ -204,6 +204,15 @@ def formats() -> str:
         _PAIRS,
         *_rows(pairs, map(_pair_row, grid())),
         "",
+        "## Targets",
+        "",
+        "What a scheme's `target` restricts, and where that is from: formats of one line can stand "
+        "together in",
+        "one checkpoint, layers of one line take one format, and some layers take fewer or none.",
+        "`generic` restricts nothing.",
+        "",
+        *_rows(("Target", "What", "Source"), _target_rows()),
+        "",
         "## Other names for the same",
         "",
         "ModelOpt has configs that differ from another in the layers that they name, and in "
@@ -243,6 +252,21 @@ def _format_row(format: Format) -> tuple[str, ...]:
         "needed" if format.needs_cuda else "",
         ", ".join(runtimes(format)) or "simulation only",
     )
+
+
+def _target_rows() -> Iterator[tuple[str, ...]]:
+    def code(words: Iterable[str]) -> str:
+        return ", ".join(f"`{word}`" for word in words)
+
+    for name, runtime in TARGETS.items():
+        target = f"`{name}`"
+        for together in runtime.together:
+            yield target, f"together: {code(together.formats)}", together.source
+        for fused in runtime.fused:
+            yield target, f"one format: {code(fused.layers)}", fused.source
+        for rule in runtime.restricted:
+            allowed = f"only {code(rule.formats)}" if rule.formats else "never quantized"
+            yield target, f"{rule.what}: {allowed}", rule.source
 
 
 def _pair_row(pair: Pair) -> tuple[str, ...]:

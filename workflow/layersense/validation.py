@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -23,6 +23,7 @@ from layersense.quantization.formats import (
     known_formats,
     resolve_format,
 )
+from layersense.recipes.targets import TARGETS, reads
 
 Path_ = tuple[str | int, ...]
 """Keys and indices that lead to a value of the config."""
@@ -436,6 +437,7 @@ class _Checker:
                 self.add((*path, "quant_formats", i), f"names the format `{format.name}` twice")
             else:
                 formats.append(format)
+        self._check_target(path, scheme, formats)
         self._check_budget(path, scheme)
         bits = scheme.get("effective_bits")
         if formats and whole and bits is not None:
@@ -455,6 +457,19 @@ class _Checker:
                 "`coverage_mode: fraction` to limit the share",
                 fraction,
             )
+
+    def _check_target(self, path: Path_, scheme: Part, formats: Sequence[Format]) -> None:
+        target = scheme.get("target")
+        if not isinstance(target, str) or target not in TARGETS:
+            return
+        runtime = TARGETS[target]
+        for format in formats:
+            if reads(target, format) is None:
+                self.add(
+                    (*path, "quant_formats"),
+                    f"{runtime.title} does not read `{format.name}`; expected "
+                    f"{_or(runtime.formats)}, or another `target`",
+                )
 
     def _check_budget(self, path: Path_, scheme: Part) -> None:
         given = [key for key in BUDGETS if scheme.get(key) is not None]

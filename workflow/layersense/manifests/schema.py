@@ -33,6 +33,8 @@ class Scheme(msgspec.Struct, kw_only=True):
     objective: str
     risk: float = 0.0
     """Standard errors of a score that count as damage."""
+    target: str = "generic"
+    """What the recipe is to run on."""
 
 
 class Layer(msgspec.Struct, kw_only=True):
@@ -94,6 +96,23 @@ class Budget(msgspec.Struct, kw_only=True):
     """``used`` is ``fixed`` + ``per_cost`` × the sum of the budget costs of the choice."""
 
 
+class Deployment(msgspec.Struct, kw_only=True):
+    """How the scheme's target restricts the choice, and what that costs."""
+
+    target: str
+    together: list[list[str]]
+    """Sets of formats, one of which all formats of a recipe come from."""
+    fused: list[list[str]]
+    """Handles of the groups that the runtime loads as one, so that they take one format."""
+    barred: int
+    """Groups that may take fewer formats than they have."""
+    score_without: float
+    """``score`` of the choice within the same budget that no target restricts."""
+    minimized_without: float
+    """``minimized`` of the same choice; what the target costs is the difference."""
+    effective_bits_without: float
+
+
 class AutoQuantizeState(msgspec.Struct, kw_only=True):
     """The solver's answer."""
 
@@ -121,6 +140,8 @@ class AutoQuantizeState(msgspec.Struct, kw_only=True):
     """Predicted bytes of all tensors of the checkpoint, with what was never searched."""
     checkpoint_bytes_before: float
     """The same of the unquantized checkpoint."""
+    deployment: Deployment | None = None
+    """None where the target is ``generic``, which restricts nothing."""
 
 
 class Ranked(msgspec.Struct, kw_only=True):

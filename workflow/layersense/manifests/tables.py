@@ -13,9 +13,10 @@ from layersense.errors import LayersenseError
 from layersense.files import atomic_path, canonical_json
 from layersense.manifests.about import ABOUT_KEY, describe, versions
 from layersense.manifests.read import NormalGroup, NormalManifest, read_manifest
+from layersense.manifests.schema import Manifest
 from layersense.quantization.formats import NONE
 
-TABLE_VERSION = 3
+TABLE_VERSION = 4
 BYTES_PER_COST = 2
 """ModelOpt's cost is elements × bits / 16, that is, units of two bytes."""
 
@@ -71,6 +72,8 @@ RUN_UNITS = {
     "predicted_damage": "total score of the choice",
     "predicted_damage_se": "standard error of predicted_damage, from the batches",
     "gap": "share of predicted_damage by which the choice could be improved at most",
+    "target": "what the recipe is to run on",
+    "target_damage": "predicted damage that the target adds at the same budget; 0 without one",
     "searched_weights": "elements",
     "imported": "generation of an imported manifest; null for what was measured here",
     "coverage_mode": "how much may be quantized, in the manifest's own words",
@@ -97,6 +100,8 @@ RUNS = pa.schema(
         ("versions", _NAME),
         ("imported", _NAME),
         ("coverage_mode", _NAME),
+        ("target", _NAME),
+        ("target_damage", pa.float64()),
     ],
     metadata={
         "layersense.table": "runs",
@@ -244,6 +249,12 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     return pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=True)
 
 
+def _target_damage(manifest: Manifest) -> float:
+    """Return the predicted damage that a scheme's target adds."""
+    state = manifest.autoquant_state
+    return state.minimized - state.deployment.minimized_without if state.deployment else 0.0
+
+
 def _cost_none(group: NormalGroup) -> float | None:
     return group.costs[group.formats.index(NONE)] if NONE in group.formats else None
 
@@ -326,4 +337,6 @@ def _run_row(manifest: NormalManifest) -> dict[str, Any]:
         "versions": versions(own) if own else None,
         "imported": manifest.generation if manifest.imported else None,
         "coverage_mode": manifest.coverage_mode,
+        "target": own.scheme.target if own else None,
+        "target_damage": _target_damage(own) if own else None,
     }

@@ -153,34 +153,6 @@ def grid_formats() -> Mapping[str, Format]:
     return MappingProxyType({pair.name: resolve_format(pair.name, {}) for pair in grid()})
 
 
-_RUNTIMES = {
-    "FP8_ALL_LAYERS_CFG": ("TensorRT-LLM", "vLLM"),
-    "FP8_PER_CHANNEL_PER_TOKEN_ALL_LAYERS_CFG": ("vLLM",),
-    "FP8_2D_BLOCKWISE_WEIGHT_ONLY_ALL_LAYERS_CFG": ("vLLM",),
-    "NVFP4_ALL_LAYERS_CFG": ("TensorRT-LLM", "vLLM"),
-    "NVFP4_AWQ_LITE_ALL_LAYERS_CFG": ("TensorRT-LLM",),
-    "INT4_AWQ_ALL_LAYERS_CFG": ("TensorRT-LLM",),
-    "W4A8_AWQ_BETA_ALL_LAYERS_CFG": ("TensorRT-LLM",),
-    "INT8_SMOOTHQUANT_ALL_LAYERS_CFG": ("TensorRT-LLM",),
-}
-"""Formats that ModelOpt's exporter writes as they are, and what loads the result, by the runtimes'
-own documentation. The exporter goes by the weight's type alone, so a format of other activations is
-none of these although it can be written."""
-
-
-def runtimes(format: Format) -> tuple[str, ...]:
-    """Return what loads a checkpoint in ``format``; nothing where it can be simulated only.
-
-    A format counts by what it does: ``W8A8_FP8_FP8`` is ``FP8_ALL_LAYERS_CFG``.
-    """
-    settings = format_settings(format)
-    known = known_formats()
-    return next(
-        (found for name, found in _RUNTIMES.items() if format_settings(known[name]) == settings),
-        (),
-    )
-
-
 def format_settings(format: Format) -> dict[str, Any]:
     """Return, in JSON, all that determines what ``format`` does and costs; for digests."""
     return {

@@ -56,10 +56,9 @@ def baselines(menu: Menu, sensitivity: Mapping[str, LayerSensitivity]) -> Iterat
             "edges_kept": edges,
         }
         for kind, kept in kept_by_kind.items():
-            recipe = {
-                handle: format if format in options and handle not in kept else NONE
-                for handle, options in zip(menu.handles, menu.options, strict=True)
-            }
+            recipe = menu.legal(
+                {handle: NONE if handle in kept else format for handle in menu.handles}
+            )
             if recipe not in seen and any(name != NONE for name in recipe.values()):
                 seen.append(recipe)
                 yield Baseline(kind, format, recipe)
@@ -86,22 +85,33 @@ def random_recipes(menu: Menu, bits: float, count: int, width: float = 0.05) -> 
     what brings it nearer to ``bits``. The same menu and bits give the same recipes.
     """
     generator = np.random.default_rng(int(recipe_digest({"bits": f"{bits:.6f}"})[:8], 16))
-    sizes = np.array([len(options) for options in menu.options])
+    drawn = [
+        (arrangement, costs, [np.flatnonzero(np.isfinite(row)) for row in costs])
+        for arrangement in menu.arrangements
+        for costs in [arrangement.merge(menu.scores, menu.costs).costs]
+    ]
     found: list[Recipe] = []
     for _ in range(4 * count):
-        choice = generator.integers(0, sizes)
-        cost = menu.cost(choice)
+        which = int(generator.integers(len(drawn))) if len(drawn) > 1 else 0
+        arrangement, costs, options = drawn[which]
+        sizes = np.array([len(row) for row in options])
+        choice = np.array(
+            [row[index] for row, index in zip(options, generator.integers(0, sizes), strict=True)],
+            dtype=np.int64,
+        )
+        cost = float(costs[np.arange(len(sizes)), choice].sum())
         for _ in range(50 * len(sizes)):
             distance = cost / menu.total * NONE_BITS - bits
             if abs(distance) <= width:
                 break
             row = int(generator.integers(len(sizes)))
-            option = int(generator.integers(sizes[row]))
-            changed = cost + menu.costs[row, option] - menu.costs[row, choice[row]]
+            option = int(options[row][int(generator.integers(sizes[row]))])
+            changed = cost + costs[row, option] - costs[row, choice[row]]
             if abs(changed / menu.total * NONE_BITS - bits) < abs(distance):
                 choice[row], cost = option, changed
-        recipe = menu.recipe(choice)
-        if abs(menu.effective_bits(choice) - bits) <= width and recipe not in found:
+        taken = arrangement.spread(choice)
+        recipe = menu.recipe(taken)
+        if abs(menu.effective_bits(taken) - bits) <= width and recipe not in found:
             found.append(recipe)
         if len(found) == count:
             break

@@ -1,7 +1,7 @@
 """One scheme over the scores of a run: who may be quantized, what is chosen, why not the rest."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import fsum
 from pathlib import Path
@@ -14,6 +14,7 @@ from layersense.manifests.findings import Evidence, find
 from layersense.manifests.schema import (
     AutoQuantizeState,
     Budget,
+    Deployment,
     FormatRun,
     Layer,
     LayerSensitivity,
@@ -25,11 +26,12 @@ from layersense.manifests.schema import (
     plain_name,
 )
 from layersense.quantization.extensions import RETRY
-from layersense.quantization.formats import NONE
+from layersense.quantization.formats import NONE, format_from_settings
 from layersense.quantization.layers import is_router
 from layersense.recipes.budgets import Limit, budget_of
 from layersense.recipes.menu import Menu
-from layersense.recipes.solver import BUDGET_TOLERANCE, solve
+from layersense.recipes.solver import BUDGET_TOLERANCE
+from layersense.recipes.targets import TARGETS, deployment
 from layersense.scoring.scores import NONE_BITS, Reached, Scores, read_scores, score_per_token
 
 NOT_REACHED: dict[Reached, str] = {
@@ -54,6 +56,8 @@ class _Group:
     reached: Reached
     kept: str | None = None
     """Why it may not be quantized; None if the solver decides."""
+    barred: dict[str, str] = field(default_factory=dict)
+    """Format → why the scheme's target does not let it take that."""
 
     @property
     def importance(self) -> float | None:
@@ -149,13 +153,39 @@ def build_manifest(
     _keep(scores, groups, scheme)
     sensitivity = {handle: _sensitivity(scores, handle, group) for handle, group in groups.items()}
     limit = budget_of(scheme, scores, sensitivity, where)
-    menu = Menu.of(
-        sensitivity,
-        {name: scores.formats[name].batches.tokens for name in formats},
-        objective=scheme.objective,
-        risk=scheme.risk,
-    )
-    state = _choose(scores, groups, sensitivity, menu, scheme, limit, where)
+    tokens = {name: scores.formats[name].batches.tokens for name in formats}
+    menu = Menu.of(sensitivity, tokens, objective=scheme.objective, risk=scheme.risk)
+    if scheme.target == "generic":
+        state = _choose(scores, groups, sensitivity, menu, scheme, limit, where)
+    else:
+        free = menu
+        found = deployment(
+            scheme.target,
+            {
+                name: format_from_settings(name, scores.formats[name].settings["format"])
+                for name in formats
+            },
+            {handle: group.module_names for handle, group in sensitivity.items()},
+            {name: layer.module_type for name, layer in scores.layers.items()},
+        )
+        _bar(groups, sensitivity, found.barred)
+        menu = Menu.of(
+            sensitivity,
+            tokens,
+            objective=scheme.objective,
+            risk=scheme.risk,
+            together=found.together,
+            fused=found.fused,
+        )
+        state = _choose(scores, groups, sensitivity, menu, scheme, limit, where)
+        state.deployment = _price(
+            scheme.target,
+            menu,
+            free,
+            {handle: plain_name(group.selected) for handle, group in sensitivity.items()},
+            state,
+            limit.room,
+        )
     manifest = Manifest(
         scheme=Scheme(
             name=scheme_name,
@@ -171,6 +201,7 @@ def build_manifest(
             unreached=scheme.unreached,
             objective=scheme.objective,
             risk=scheme.risk,
+            target=scheme.target,
         ),
         run_name=run,
         model=scores.model,
@@ -289,6 +320,50 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def _bar(
+    groups: Mapping[str, _Group],
+    sensitivity: Mapping[str, LayerSensitivity],
+    barred: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Take from the groups what a target does not let them have."""
+    for handle, formats in barred.items():
+        group, entry = groups[handle], sensitivity[handle]
+        entry.allowed = [
+            allowed and name not in formats
+            for name, allowed in zip(group.formats, entry.allowed, strict=True)
+        ]
+        if group.kept is None and not any(entry.allowed[:-1]):
+            group.kept = "; ".join(
+                dict.fromkeys(formats[name] for name in group.formats if name in formats)
+            )
+
+
+def _price(
+    target: config.Target,
+    menu: Menu,
+    free: Menu,
+    chosen: Mapping[str, str],
+    state: AutoQuantizeState,
+    budget: float,
+) -> Deployment:
+    """Return what a target asks for and what the best choice without it would be."""
+    solution = free.best(budget)
+    choice = solution.choice
+    if solution.score > state.minimized:  # what the target allows, no target allows too
+        choice = free.choice(chosen)
+    return Deployment(
+        target=target,
+        together=[list(formats) for formats in menu.together or ()],
+        fused=[list(handles) for handles in menu.fused],
+        barred=sum(
+            len(own) < len(all_) for own, all_ in zip(menu.options, free.options, strict=True)
+        ),
+        score_without=free.damage(choice).score,
+        minimized_without=min(solution.score, state.minimized),
+        effective_bits_without=free.effective_bits(choice),
+    )
+
+
 def _choose(
     scores: Scores,
     groups: Mapping[str, _Group],
@@ -299,12 +374,10 @@ def _choose(
     where: str,
 ) -> AutoQuantizeState:
     """Solve, write the choice into ``sensitivity`` and return the state."""
-    problem = menu.problem
-    lowest = fsum(problem.costs.min(axis=1))
+    lowest = menu.lowest
     if lowest > limit.room * (1 + BUDGET_TOLERANCE):
-        left_out = [name for name in scheme.quant_formats if name in scores.left_out]
-        raise LayersenseError(_unreachable(scores, groups, limit, lowest, where, left_out))
-    solution = solve(problem, limit.room, scheme.objective)
+        raise LayersenseError(_unreachable(scores, groups, limit, lowest, where, scheme))
+    solution = menu.best(limit.room)
     flips = menu.flips(solution.choice, limit.room)
     for handle, name in menu.recipe(solution.choice).items():
         group = sensitivity[handle]
@@ -343,7 +416,7 @@ def _unreachable(
     limit: Limit,
     lowest: float,
     where: str,
-    left_out: Sequence[str],
+    scheme: config.Scheme,
 ) -> str:
     total = fsum(group.n_weights for group in scores.groups.values())
     kept: dict[str, float] = {}
@@ -357,8 +430,11 @@ def _unreachable(
         else f"{share:.1%} of the searched weights are {why}"
         for why, share in sorted(kept.items(), key=lambda item: -item[1])
     )
-    if left_out:
+    if left_out := [name for name in scheme.quant_formats if name in scores.left_out]:
         limits += f"{'; ' if limits else ''}{' and '.join(left_out)} could not be measured"
+    if scheme.target != "generic":
+        title = TARGETS[scheme.target].title
+        limits += f"{'; ' if limits else ''}with formats that {title} reads together"
     # Rounded up, so that the number named can be asked for.
     reachable = ceil_digits(limit.used(lowest))
     return (

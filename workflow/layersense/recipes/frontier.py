@@ -14,7 +14,7 @@ from layersense.manifests.schema import Manifest, plain_name
 from layersense.manifests.tables import BYTES_PER_COST
 from layersense.recipes.baselines import baselines
 from layersense.recipes.menu import Menu, recipe_digest
-from layersense.recipes.solver import Ints, Solution, corners, lower_bound, solve
+from layersense.recipes.solver import Ints, Solution
 
 FRONTIER_VERSION = 1
 POINTS = 64
@@ -80,13 +80,11 @@ def frontier(menu: Menu) -> Frontier:
     maximum, of the best choices at budgets spread evenly.
     """
     if menu.objective == "sum":
-        points = corners(menu.problem, POINTS)
+        points = menu.corners(POINTS)
     else:
-        costs = menu.problem.costs
-        lowest, highest = costs.min(axis=1).sum(), costs[menu.rows, _last(menu)].sum()
+        lowest, highest = menu.lowest, menu.budget_cost(_last(menu))
         solved = (
-            solve(menu.problem, float(budget), "max")
-            for budget in np.linspace(lowest, max(lowest, highest), POINTS)
+            menu.best(float(budget)) for budget in np.linspace(lowest, max(lowest, highest), POINTS)
         )
         points = list({tuple(point.choice.tolist()): point for point in solved}.values())
     return Frontier(points, knee([p.cost for p in points], [p.score for p in points]))
@@ -166,15 +164,12 @@ def frontier_table(manifest: Manifest) -> pa.Table:
             label=f"{manifest.scheme.name}, at most {budget.limit:g} {budget.unit}",
         )
     )
-    for baseline in baselines(menu, manifest.layer_sensitivity):
+    compared = list(baselines(menu, manifest.layer_sensitivity))
+    bounds = menu.bounds([menu.budget_cost(menu.choice(other.recipe)) for other in compared])
+    for baseline, bound in zip(compared, bounds, strict=True):
         choice = menu.choice(baseline.recipe)
         scores = menu.problem.scores[menu.rows, choice]
         minimized = float(scores.sum() if menu.objective == "sum" else scores.max(initial=0.0))
-        bound = (
-            lower_bound(menu.problem, menu.budget_cost(choice))
-            if menu.objective == "sum"
-            else solve(menu.problem, menu.budget_cost(choice), "max").lower_bound
-        )
         rows.append(
             row(
                 choice,

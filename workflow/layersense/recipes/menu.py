@@ -1,9 +1,10 @@
 """What each layer group of a scheme may take, and what a recipe made of it costs and damages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import fsum
+from typing import Literal
 
 import numpy as np
 
@@ -11,7 +12,18 @@ from layersense.errors import LayersenseError
 from layersense.files import digest_json
 from layersense.manifests.schema import LayerSensitivity, Manifest, plain_name
 from layersense.quantization.formats import NONE
-from layersense.recipes.solver import Floats, Ints, Problem, relaxed
+from layersense.recipes.solver import (
+    BUDGET_TOLERANCE,
+    Floats,
+    Ints,
+    Problem,
+    Solution,
+    corners,
+    lower_bounds,
+    proven,
+    relaxed,
+    solve,
+)
 from layersense.scoring.scores import NONE_BITS
 
 CONFIDENCE = 0.95
@@ -69,6 +81,44 @@ class Damage:
 
 
 @dataclass(frozen=True)
+class Arrangement:
+    """The menu as far as one checkpoint can hold it: fewer options, and groups that go together.
+
+    Attributes:
+        row: index of the row that each group belongs to, shape (groups,); the groups of a row
+            take one format.
+        pick: option of each group where its row takes option ``o``, shape (groups, options); -1
+            where the group does not have it.
+        count: number of rows.
+        objective: ``sum`` or ``max``, by which the scores of a row's groups are combined.
+    """
+
+    row: Ints
+    pick: Ints
+    count: int
+    objective: str
+
+    def merge(self, scores: Floats, costs: Floats) -> Problem:
+        """Return the problem of the rows for scores and costs of the groups' options."""
+        groups = np.arange(len(self.row))[:, None]
+        merged = []
+        for table, combine in (
+            (scores, np.maximum if self.objective == "max" else np.add),
+            (costs, np.add),
+        ):
+            picked = np.where(self.pick >= 0, table[groups, self.pick], np.inf)
+            rows = np.zeros((self.count, self.pick.shape[1]))
+            combine.at(rows, self.row, picked)
+            merged.append(rows)
+        lost = ~(np.isfinite(merged[0]) & np.isfinite(merged[1]))
+        return Problem(*(np.where(lost, np.inf, rows) for rows in merged))
+
+    def spread(self, choice: Ints) -> Ints:
+        """Return the options of the groups for the options of the rows."""
+        return np.asarray(self.pick[np.arange(len(self.row)), choice[self.row]])
+
+
+@dataclass(frozen=True)
 class Menu:
     """The options of every layer group: those that the scheme allows it, ``NONE`` last.
 
@@ -85,6 +135,9 @@ class Menu:
         total: cost of leaving everything unquantized.
         objective: ``sum`` or ``max``.
         risk: standard errors that count as damage.
+        together: sets of formats, one of which all formats of a recipe come from; None: any may
+            stand together.
+        fused: sets of groups that take one format.
     """
 
     handles: list[str]
@@ -97,6 +150,8 @@ class Menu:
     total: float
     objective: str
     risk: float
+    together: Sequence[Collection[str]] | None = None
+    fused: Sequence[Sequence[str]] = ()
 
     @classmethod
     def of(
@@ -106,6 +161,8 @@ class Menu:
         *,
         objective: str,
         risk: float,
+        together: Sequence[Collection[str]] | None = None,
+        fused: Sequence[Sequence[str]] = (),
     ) -> "Menu":
         """Collect the options.
 
@@ -114,6 +171,8 @@ class Menu:
             tokens: format → supervised tokens of each of its batches.
             objective: ``sum`` or ``max``.
             risk: standard errors that count as damage.
+            together: sets of formats that may stand together; None: any.
+            fused: sets of groups that take one format.
 
         Raises:
             LayersenseError: ``risk`` is set and a score has no standard error.
@@ -172,23 +231,163 @@ class Menu:
             total=fsum(group.costs[-1] for group in sensitivity.values()),
             objective=objective,
             risk=risk,
+            together=together,
+            fused=fused,
         )
 
     @classmethod
     def of_manifest(cls, manifest: Manifest) -> "Menu":
         """Return the menu that a manifest was decided over."""
+        target = manifest.autoquant_state.deployment
         return cls.of(
             manifest.layer_sensitivity,
             {name: run.batches.tokens for name, run in manifest.run.items()},
             objective=manifest.scheme.objective,
             risk=manifest.scheme.risk,
+            together=target.together if target else None,
+            fused=target.fused if target else (),
         )
 
     @cached_property
     def problem(self) -> Problem:
-        """What the solver minimises: scores, with their errors under ``risk``, by budget cost."""
+        """What is minimised: scores, with their errors under ``risk``, by budget cost.
+
+        A recipe also has to be one that a checkpoint can hold: solve by :meth:`best`.
+        """
         scores = self.scores + self.risk * self.errors if self.risk else self.scores
         return Problem(scores, self.budget_costs)
+
+    @cached_property
+    def arrangements(self) -> list[Arrangement]:
+        """The sets of recipes that a checkpoint can hold; together they hold all such recipes.
+
+        One for each set of formats that may stand together.
+        """
+        row = np.arange(len(self.handles))
+        if self.fused:
+            place = {handle: index for index, handle in enumerate(self.handles)}
+            for handles in self.fused:
+                row[[place[handle] for handle in handles]] = place[handles[0]]
+            row = np.unique(row, return_inverse=True)[1].reshape(-1)
+            # Groups that go together name an option alike, whatever their own numbers for it.
+            names = dict.fromkeys(
+                name for options in self.options for name in options if name != NONE
+            )
+            columns = [[*names, NONE]] * len(self.handles)
+        else:
+            columns = self.options
+        width = max(map(len, columns), default=0)
+        found = []
+        for together in self.together if self.together is not None else [None]:
+            pick = np.full((len(self.handles), width), -1)
+            for group, (options, wanted) in enumerate(zip(self.options, columns, strict=True)):
+                own = {name: index for index, name in enumerate(options)}
+                for column, name in enumerate(wanted):
+                    if together is None or name == NONE or name in together:
+                        pick[group, column] = own.get(name, -1)
+            arrangement = Arrangement(row, pick, int(row.max(initial=-1)) + 1, self.objective)
+            rows = arrangement.merge(self.scores, self.budget_costs).costs
+            if np.isfinite(rows).any(axis=1).all():
+                found.append(arrangement)
+        if not found:
+            raise LayersenseError(
+                "no recipe can satisfy the scheme: groups that its target loads as one have no "
+                "format in common; allow them one, or leave them out of the search"
+            )
+        return found
+
+    @cached_property
+    def _problems(self) -> list[tuple[Arrangement, Problem]]:
+        whole = self.problem
+        if self.together is None and not self.fused:
+            return [(arrangement, whole) for arrangement in self.arrangements]
+        return [
+            (arrangement, arrangement.merge(whole.scores, whole.costs))
+            for arrangement in self.arrangements
+        ]
+
+    @property
+    def lowest(self) -> float:
+        """The least budget cost of all recipes."""
+        return min(fsum(problem.costs.min(axis=1)) for _, problem in self._problems)
+
+    def best(self, budget: float) -> Solution:
+        """Return the recipe of least damage within ``budget``, as options of the groups.
+
+        Each set of formats that may stand together is solved for itself; no recipe is better than
+        the least of their bounds.
+
+        Raises:
+            LayersenseError: no recipe fits the budget.
+        """
+        objective: Literal["sum", "max"] = "max" if self.objective == "max" else "sum"
+        fitting = [
+            (arrangement, problem)
+            for arrangement, problem in self._problems
+            if fsum(problem.costs.min(axis=1)) <= budget * (1 + BUDGET_TOLERANCE)
+        ]
+        solved = [
+            (arrangement, solve(problem, budget, objective))
+            for arrangement, problem in fitting or self._problems
+        ]
+        arrangement, solution = min(solved, key=lambda pair: (pair[1].score, pair[1].cost))
+        return proven(
+            arrangement.spread(solution.choice),
+            solution.score,
+            solution.cost,
+            min(other.lower_bound for _, other in solved),
+            solution.price,
+        )
+
+    def bounds(self, budgets: Sequence[float]) -> list[float]:
+        """Return for each budget what no recipe within it is below; infinite if none fits."""
+        if self.objective == "max":
+            return [
+                self.best(budget).lower_bound
+                if self.lowest <= budget * (1 + BUDGET_TOLERANCE)
+                else float("inf")
+                for budget in budgets
+            ]
+        found = [lower_bounds(problem, budgets) for _, problem in self._problems]
+        return [min(bounds) for bounds in zip(*found, strict=True)]
+
+    def corners(self, count: int) -> list[Solution]:
+        """Return recipes over all budgets, by rising cost: the frontier of the sum.
+
+        Of several sets of formats, what another set does as well for no more is left out.
+        """
+        found = [
+            Solution(
+                arrangement.spread(point.choice),
+                point.score, point.cost, point.lower_bound, point.gap, point.price,
+            )
+            for arrangement, problem in self._problems
+            for point in corners(problem, count)
+        ]  # fmt: skip
+        if len(self._problems) == 1:
+            return found
+        kept: list[Solution] = []
+        for point in sorted(found, key=lambda point: (point.cost, point.score)):
+            if not kept or point.score < kept[-1].score:
+                kept.append(point)
+        bounds = self.bounds([point.cost for point in kept])
+        return [
+            proven(
+                point.choice, point.score, point.cost, min(bound, point.lower_bound), point.price
+            )
+            for point, bound in zip(kept, bounds, strict=True)
+        ]
+
+    def legal(self, recipe: Mapping[str, str]) -> Recipe:
+        """Return a recipe that a checkpoint can hold: groups that must agree and do not are NONE.
+
+        A format that a group may not take is NONE, too (its largest, where NONE is not allowed).
+        """
+        found = self.recipe(self.choice(recipe))
+        for handles in self.fused:
+            if len({found[handle] for handle in handles}) > 1:
+                found.update(dict.fromkeys(handles, NONE))
+        return self.recipe(self.choice(found))
 
     @property
     def rows(self) -> Ints:
@@ -262,7 +461,7 @@ class Menu:
             return {}
         small = self.scores.size <= SMALL
         generator = np.random.default_rng(0)
-        usual = relaxed(self.problem, budget)
+        usual = self._relaxed(self.problem, budget)
         taken = np.zeros(self.scores.shape, dtype=np.int64)
         resamples = RESAMPLES if small else RESAMPLES // 5
         for _ in range(resamples):
@@ -273,13 +472,26 @@ class Menu:
                 scores += part.scores @ weights / (weights @ part.tokens)
             if self.risk:
                 scores += self.risk * self.errors
-            taken[self.rows, relaxed(Problem(scores, self.budget_costs), budget)] += 1
+            taken[self.rows, self._relaxed(Problem(scores, self.budget_costs), budget)] += 1
         taken[self.rows, usual] = taken[self.rows, choice] = 0
         often = taken.sum(axis=1) >= FLIP_SHARE * resamples
         return {
             self.handles[row]: self.options[row][int(taken[row].argmax())]
             for row in np.flatnonzero(often)
         }
+
+    def _relaxed(self, whole: Problem, budget: float) -> Ints:
+        """Return a quick choice for other scores than the menu's own, good but not best."""
+        if self.together is None and not self.fused:
+            return relaxed(whole, budget)
+        found = []
+        for arrangement in self.arrangements:
+            problem = arrangement.merge(whole.scores, whole.costs)
+            choice = relaxed(problem, budget)
+            rows = np.arange(len(choice))
+            over = fsum(problem.costs[rows, choice]) > budget * (1 + BUDGET_TOLERANCE)
+            found.append((over, fsum(problem.scores[rows, choice]), arrangement.spread(choice)))
+        return min(found, key=lambda entry: entry[:2])[2]
 
     @property
     def _quantile(self) -> float:

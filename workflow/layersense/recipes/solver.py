@@ -207,19 +207,30 @@ def relaxed(problem: Problem, budget: float) -> Ints:
     return choice
 
 
-def lower_bound(problem: Problem, budget: float) -> float:
-    """Return a sum that no choice within ``budget`` can be below; infinite if none fits."""
+def lower_bounds(problem: Problem, budgets: Sequence[float]) -> list[float]:
+    """Return for each budget a sum that no choice within it is below; infinite if none fits."""
     if not len(problem.scores):
-        return 0.0
-    limit = budget * (1 + BUDGET_TOLERANCE)
+        return [0.0] * len(budgets)
     steps = hull(problem)
     added = problem.costs[steps.group, steps.target] - problem.costs[steps.group, steps.source]
     start = fsum(problem.costs[np.arange(len(problem.costs)), steps.start])
-    if start > limit:
-        return float("inf")
-    fitting = int(np.searchsorted(start + np.cumsum(added), limit, side="right"))
-    price = float(steps.slope[fitting]) if fitting < len(added) else 0.0
-    return _lagrangian(problem, price, limit)[0]
+    spent = start + np.cumsum(added)
+    bounds = []
+    for budget in budgets:
+        limit = budget * (1 + BUDGET_TOLERANCE)
+        fitting = int(np.searchsorted(spent, limit, side="right"))
+        price = float(steps.slope[fitting]) if fitting < len(added) else 0.0
+        bounds.append(_lagrangian(problem, price, limit)[0] if start <= limit else float("inf"))
+    return bounds
+
+
+def proven(
+    choice: Ints, score: float, cost: float, lower_bound: float, price: float = 0.0
+) -> Solution:
+    """Return a solution with the gap that follows from a lower bound."""
+    bound = min(lower_bound, score)
+    gap = (score - bound) / abs(score) if score else 0.0
+    return Solution(choice, score, cost, bound, gap, price)
 
 
 def _total(table: Floats, choice: Ints) -> float:
@@ -228,9 +239,7 @@ def _total(table: Floats, choice: Ints) -> float:
 
 def _solution(problem: Problem, choice: Ints, lower_bound: float, price: float = 0.0) -> Solution:
     score = _total(problem.scores, choice)
-    bound = min(lower_bound, score)
-    gap = (score - bound) / abs(score) if score else 0.0
-    return Solution(choice, score, _total(problem.costs, choice), bound, gap, price)
+    return proven(choice, score, _total(problem.costs, choice), lower_bound, price)
 
 
 def _solve_max(problem: Problem, budget: float) -> Solution:

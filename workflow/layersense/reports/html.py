@@ -15,6 +15,7 @@ from layersense.reports.markdown import (
     finding_counts,
     score_text,
     score_unit,
+    target_text,
     trust,
     verification_context,
 )
@@ -110,6 +111,7 @@ def page_context(
         if frontier
         else [],
         "asked": budget_text(about.state.budget) if about else None,
+        "target": target_text(about.state) if about else None,
         "small": len(result.groups) <= SMALL,
         "heatmap_width": 320 + 110 * (len(result.formats) + 1),
         "data": {

@@ -10,8 +10,16 @@ import msgspec
 from layersense import config, paths
 from layersense.files import atomic_write
 from layersense.manifests.read import read_own_manifest
-from layersense.manifests.schema import SUFFIX, Budget, FormatRun, Manifest, plain_name
+from layersense.manifests.schema import (
+    SUFFIX,
+    AutoQuantizeState,
+    Budget,
+    FormatRun,
+    Manifest,
+    plain_name,
+)
 from layersense.quantization.formats import NONE
+from layersense.recipes.targets import TARGETS
 from layersense.reports.result import Group, Result, Score, read_result, read_table
 from layersense.reports.text import Markdown, bits, code, escape, join, number, render
 from layersense.verification.table import read_summary
@@ -121,6 +129,7 @@ def report_context(
         ],
         "per": score_unit(result.modality),
         "budget": budget_text(manifest.autoquant_state.budget),
+        "target": target_text(manifest.autoquant_state),
         "recipes": _recipes(frontier),
         "flips": _flips(manifest),
         "verification": None,
@@ -243,6 +252,24 @@ def budget_text(budget: Budget) -> str:
     if budget.kind == "bits":
         return f"{bits(budget.limit)} bits"
     return f"{number(budget.limit)} {budget.unit}"
+
+
+def target_text(state: AutoQuantizeState) -> str | None:
+    """Return what the scheme's target asks for and what it costs; None without one."""
+    found = state.deployment
+    if found is None:
+        return None
+    title = TARGETS[found.target].title if found.target in TARGETS else found.target
+    parts = [f"{found.barred} groups may take fewer formats"] if found.barred else []
+    if found.fused:
+        parts.append(f"{sum(map(len, found.fused))} groups are loaded as {len(found.fused)}")
+    if len(found.together) > 1:
+        parts.append(f"the formats fall into {len(found.together)} sets that do not mix")
+    extra = state.minimized - found.minimized_without
+    share = f" (+{100 * extra / found.minimized_without:.3g} %)" if found.minimized_without else ""
+    price = f"adds {number(extra)}{share} to the damage" if extra > 0 else "adds no damage"
+    asks = f" ({'; '.join(parts)})" if parts else ""
+    return f"Every recipe here can be loaded by {title}{asks}, which {price} at this budget."
 
 
 def _recipes(frontier: list[dict[str, Any]]) -> list[dict[str, Any]]:

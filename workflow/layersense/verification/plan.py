@@ -12,7 +12,6 @@ from layersense.quantization.formats import NONE
 from layersense.recipes.baselines import baselines, random_recipes
 from layersense.recipes.frontier import frontier
 from layersense.recipes.menu import Menu, Recipe, recipe_digest
-from layersense.recipes.solver import solve
 
 Role = Literal["scheme", "frontier", "uniform", "head_kept", "edges_kept", "rival", "random"]
 """``rival``: the best recipe within the bits of a baseline, which it is compared with."""
@@ -129,7 +128,7 @@ def _recipes(manifest: Manifest, options: Verify) -> Iterator[Planned]:
     for baseline in baselines(menu, manifest.layer_sensitivity):
         yield planned(baseline.kind, baseline.label, baseline.recipe)
         budget = menu.budget_cost(menu.choice(baseline.recipe))
-        rival = menu.recipe(solve(menu.problem, budget, _objective(menu)).choice)
+        rival = menu.recipe(menu.best(budget).choice)
         if rival != baseline.recipe:
             yield planned(
                 "rival", f"best within the bits of {baseline.label}", rival, baseline.label
@@ -137,7 +136,3 @@ def _recipes(manifest: Manifest, options: Verify) -> Iterator[Planned]:
     own_bits = menu.effective_bits(menu.choice(chosen))
     for number, recipe in enumerate(random_recipes(menu, own_bits, options.random), start=1):
         yield planned("random", f"random {number}", recipe)
-
-
-def _objective(menu: Menu) -> Literal["sum", "max"]:
-    return "max" if menu.objective == "max" else "sum"
