@@ -145,6 +145,7 @@ def test_a_valid_config_is_accepted_with_its_defaults() -> None:
         ("formats/mine", {"base": "FP8_DEFAULT_CFG"}, "formats.mine: differs from `MINE` only in "
          "letter case, and both would be one file on some machines; rename one of them"),
         ("formats", None, "formats: expected a mapping, found nothing"),
+        ("runs/demo.a/gpus", 2, 'runs."demo.a".gpus: expected 1 under `device: cpu`, found `2`'),
         ("frozen", "perhaps", 'frozen: expected true or false, found "perhaps"'),
         ("reprot", {}, "reprot: expected one of the keys `datasets`, `models`, `formats`, "
          '`schemes`, `runs`, `manifests`, `report`, `extensions` or `frozen`, '
@@ -407,6 +408,12 @@ def test_gpu_limits_are_spoken_of() -> None:
     assert "llm.a" in warning
     assert "demo.a" not in warning
     assert check_gpus(config, 1) == []
+    data = valid()
+    data["runs"]["llm.a"]["gpus"] = 2
+    config = load_config(data, "c.yaml", check_files=False)
+    assert check_gpus(config, 2) == []
+    (warning,) = check_gpus(config, 1)
+    assert "run llm.a asks for 2 GPUs" in warning
     frozen = load_config({**valid(), "frozen": "true"}, "c.yaml", check_files=False)
     assert frozen.frozen is True
     assert check_gpus(frozen, None) == []

@@ -99,6 +99,7 @@ def slices(config: Config, measured: Any = None) -> Slices:
         # What a batch cannot use changes nothing.
         ({"runs__s__prompt": "What is this?"}, set()),
         ({"extensions": "/scratch/extensions"}, set()),
+        ({"runs__r__gpus": 4}, set()),
         ({"runs__s__max_pixels": 1000}, set()),
         ({"runs__r__prompt": "What is this?"}, {"score r", "solve r a", "solve r b"}),
         ({"runs__r__max_pixels": 1000}, {"score r", "solve r a", "solve r b"}),

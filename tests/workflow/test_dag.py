@@ -101,7 +101,7 @@ def test_the_snakefile_in_workflow_gives_the_same(project: Project) -> None:
     assert dag(project, "--snakefile", "workflow/Snakefile") == dag(project)
 
 
-def test_each_run_on_a_gpu_asks_for_one(project: Project, tmp_path: Path) -> None:
+def test_each_run_on_gpus_asks_for_them(project: Project, tmp_path: Path) -> None:
     config = default_config(project)
     config["runs"]["demo.captions"]["device"] = "cuda"
     jobs = dag_of(project, config, tmp_path)
@@ -110,11 +110,12 @@ def test_each_run_on_a_gpu_asks_for_one(project: Project, tmp_path: Path) -> Non
     assert "results/extensions/fp8.json" in jobs["score/demo.captions"]["input"]
     assert "extensions" not in jobs["score/demo.image-text"]["input"]
     del config["runs"]["demo.image-text"]["device"]
+    config["runs"]["demo.image-text"]["gpus"] = 2
     jobs = dag_of(project, config, tmp_path)
     assert gpus(jobs) == {
         "score/demo.captions": 1,
-        "score/demo.image-text": 1,
-        "verify/demo.image-text": 1,
+        "score/demo.image-text": 2,
+        "verify/demo.image-text": 2,
     }
 
 
@@ -284,7 +285,8 @@ def test_a_key_on_the_command_line_is_checked_too(project: Project) -> None:
     [
         ("cuda", [], "no `--resources gpu=N` is given, so 2 scoring job(s)"),
         ("cuda", ["--resources", "gpu=0"], "`--resources gpu=0` does not keep scoring jobs"),
-        ("cuda", ["--resources", "gpu=1"], None),
+        ("cuda", ["--resources", "gpu=1"], "asks for 2 GPUs, and under `--resources gpu=1` its"),
+        ("cuda", ["--resources", "gpu=2"], None),
         ("cpu", [], None),
         ("cpu", ["--resources", "gpu=0"], None),
     ],
@@ -295,12 +297,15 @@ def test_gpu_resources_missing_or_too_small_are_said_at_start(
     config = default_config(project)
     for run in config["runs"].values():
         run["device"] = device
+    if device == "cuda":
+        config["runs"]["demo.captions"]["gpus"] = 2
     file = tmp_path / "devices.yaml"
     file.write_text(yaml.safe_dump(config))
     output = dry_run(project, "--configfile", str(file), *arguments).output
     before_the_dag = output.split("Building DAG")[0]
     if said is None:
         assert "scoring job" not in output
+        assert "asks for" not in output
     else:
         assert said in before_the_dag
 

@@ -43,6 +43,9 @@ Template = Annotated[Path, typer.Option(help="Jinja2 template.")]
 Cache = Annotated[
     str | None, typer.Option(help="Folder of CUDA extensions, for all GPUs and versions.")
 ]
+Gpus = Annotated[
+    int, typer.Option(min=0, help="GPUs that the model is spread over; of no meaning on a CPU.")
+]
 Extensions = Annotated[
     list[Path] | None, typer.Argument(help="What came of building the CUDA extensions.")
 ]
@@ -97,6 +100,7 @@ def score(
     measured: Annotated[Path, typer.Option(help="Index of the score file to write.")],
     extensions: Extensions = None,
     cache: Cache = None,
+    gpus: Gpus = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
 ) -> None:
     """Measure every layer group under every missing format."""
@@ -113,6 +117,7 @@ def score(
         database_file=database,
         out=out,
         threads=threads,
+        gpus=max(gpus, 1),
         built=read_all(extensions or []),
         cache=cache,
     )
@@ -192,6 +197,7 @@ def verify(
     database: Annotated[Path, typer.Option(help="Calibration database.")],
     out: Out,
     cache: Cache = None,
+    gpus: Gpus = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
 ) -> None:
     """Measure recipes and single groups on the held-out rows, where that is missing."""
@@ -206,6 +212,7 @@ def verify(
         database_file=database,
         out=out,
         threads=threads,
+        gpus=max(gpus, 1),
         cache=cache,
     )
 

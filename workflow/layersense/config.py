@@ -280,6 +280,9 @@ class Run(Section):
     """Weights' type while scoring; `auto` is the checkpoint's."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Where to score."""
+    gpus: int = Field(1, ge=1)
+    """GPUs that one job spreads the model over, for a model that does not fit onto one; scores
+    do not depend on it."""
 
     @property
     def measured_by(self) -> Engine:

@@ -204,7 +204,12 @@ def check_gpus(config: Config, gpus: int | None) -> list[str]:
             "starting, Snakemake only caps what they ask for; give `--resources gpu=1`, or "
             "`--config frozen=true` to measure nothing"
         ]
-    return []
+    return [
+        f"run {name} asks for {config.runs[name].gpus} GPUs, and under `--resources gpu={gpus}` "
+        f"its job gets {gpus}; give `--resources gpu={config.runs[name].gpus}` or more"
+        for name in runs
+        if config.runs[name].gpus > gpus
+    ]
 
 
 class _Checker:
@@ -532,6 +537,8 @@ class _Checker:
         least, most = run.get("min_pixels"), run.get("max_pixels")
         if least is not None and most is not None and least > most:
             self.add((*path, "min_pixels"), f"expected at most `max_pixels`, {most}", least)
+        if run.get("device") == "cpu" and run.get("gpus", 1) > 1:
+            self.add((*path, "gpus"), "expected 1 under `device: cpu`", run["gpus"])
         if run.get("device") == "cpu":
             for scheme in seen:
                 for word in self.part("schemes", scheme).get("quant_formats", ()):

@@ -151,6 +151,11 @@ def on_gpu(wildcards):
     return CONFIG.runs[wildcards.run].device == "cuda"
 
 
+def gpus_of_run(wildcards):
+    """Return how many GPUs a job of a run needs."""
+    return CONFIG.runs[wildcards.run].gpus if on_gpu(wildcards) else 0
+
+
 def extensions_of_run(wildcards):
     """Return the CUDA extensions that a run's formats need, if it scores on a GPU."""
     if not on_gpu(wildcards):

@@ -18,7 +18,7 @@ rule score:
         lambda wildcards: environment("cuda" if on_gpu(wildcards) else "cpu")
     threads: 4
     resources:
-        gpu=lambda wildcards: 1 if on_gpu(wildcards) else 0,
+        gpu=gpus_of_run,
         mem_mb=lambda wildcards, input, attempt: job_resources.memory_mb(
             job_resources.model_size_mb(input.model),
             CONFIG.runs[wildcards.run].device,
@@ -34,6 +34,6 @@ rule score:
         PYTHON
         + " -m layersense score {wildcards.run:q} {input.extensions:q} --settings {params.settings:q}"
         " --formats {params.formats:q} --model {input.model:q} --database {input.database:q}"
-        " --out {output.scores:q} --measured {output.measured:q} --threads {threads}"
+        " --out {output.scores:q} --measured {output.measured:q} --threads {threads} --gpus {resources.gpu}"
         + CACHE
         + " > {log:q} 2>&1"

@@ -18,7 +18,7 @@ rule verify:
     # On a CPU the steps are many and small, and threads would mostly wait for each other.
     threads: lambda wildcards: 4 if on_gpu(wildcards) else 1
     resources:
-        gpu=lambda wildcards: 1 if on_gpu(wildcards) else 0,
+        gpu=gpus_of_run,
         mem_mb=lambda wildcards, input, attempt: job_resources.memory_mb(
             job_resources.model_size_mb(input.model),
             CONFIG.runs[wildcards.run].device,
@@ -32,4 +32,6 @@ rule verify:
     shell:
         PYTHON + " -m layersense verify {wildcards.run:q} {input.manifests:q}"
         " --settings {params.settings:q} --model {input.model:q} --database {input.database:q}"
-        " --out {output:q} --threads {threads}" + CACHE + " > {log:q} 2>&1"
+        " --out {output:q} --threads {threads} --gpus {resources.gpu}"
+        + CACHE
+        + " > {log:q} 2>&1"

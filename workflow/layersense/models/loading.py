@@ -1,6 +1,8 @@
 """Load a checkpoint's weights with transformers, refusing what would score as garbage."""
 
+import logging
 import sys
+from collections import Counter
 from typing import Any
 
 import torch
@@ -8,7 +10,10 @@ from torch import nn
 
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
+from layersense.models.devices import connect, free_memory, plan_devices, wanted_gpus
 from layersense.models.experts import watch_experts
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -27,7 +32,16 @@ def load_model(
             weight is not finite.
     """
     quiet_progress_bars()
+    gpus = wanted_gpus()
+    plan: dict[str, int] = {}
     try:
+        if gpus > 1:
+            plan = plan_devices(
+                skeleton(auto_class, checkpoint),
+                getattr(torch, checkpoint.dtype if dtype == "auto" else dtype),
+                free_memory(gpus),
+            )
+            logger.info("layers on each GPU: %s", _shares(plan))
         model, info = auto_class.from_pretrained(
             checkpoint.path,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -35,6 +49,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=checkpoint.trust_remote_code,
             output_loading_info=True,
+            **({"device_map": plan} if plan else {}),
         )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -45,10 +60,33 @@ def load_model(
         ) from error
     refuse_missing(checkpoint, type(model).__name__, sorted(info["missing_keys"]))
     warnings = warn_unexpected(checkpoint, type(model).__name__, sorted(info["unexpected_keys"]))
-    model = model.to(device).eval()
+    if plan:
+        connect(model.eval(), plan)
+    else:
+        model = model.to(device).eval()
     check_finite(checkpoint, model)
     watch_experts(model)
     return model, warnings
+
+
+def skeleton(auto_class: Any, checkpoint: Checkpoint) -> nn.Module:
+    """Return the model as its config describes it, on the meta device: no weight is read."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        checkpoint.path, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
+    )
+    with torch.device("meta"):
+        model: nn.Module = auto_class.from_config(
+            config, trust_remote_code=checkpoint.trust_remote_code
+        )
+    model.tie_weights()  # type: ignore[operator]
+    return model.eval()
+
+
+def _shares(plan: dict[str, int]) -> str:
+    """Return how many parts of a plan each GPU has."""
+    return ", ".join(f"{gpu}: {count}" for gpu, count in sorted(Counter(plan.values()).items()))
 
 
 def refuse_missing(checkpoint: Checkpoint, class_name: str, missing: list[str]) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from layersense.errors import LayersenseError
 from layersense.files import write_json
 from layersense.models.checkpoints import Checkpoint
+from layersense.models.devices import wanted_gpus
 from layersense.models.loading import check_finite, first_line, refuse_missing, warn_unexpected
 
 LIBRARY = "torchvision"
@@ -94,6 +95,11 @@ def load_torchvision(
     from safetensors.torch import load_file
     from torchvision.models import get_model, get_model_builder
 
+    if wanted_gpus() > 1:
+        raise LayersenseError(
+            f"{checkpoint.path}: models of torchvision do not say which layers must stay on one "
+            "GPU; set `gpus: 1` in the run"
+        )
     builder = checkpoint.architecture
     arguments = config.get("arguments")
     try:

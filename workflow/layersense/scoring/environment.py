@@ -32,9 +32,9 @@ def describe_environment(device: torch.device) -> dict[str, str]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory since the last reset: of the GPU, or of the process on a CPU."""
+    """Return the peak memory since the last reset: of the fullest GPU, or the process on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

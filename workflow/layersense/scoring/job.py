@@ -46,6 +46,7 @@ def score_run(
     database_file: Path,
     out: Path,
     threads: int | None = None,
+    gpus: int = 1,
     built: Mapping[str, Built] = MappingProxyType({}),
     cache: str | None = None,
 ) -> Scores:
@@ -63,6 +64,7 @@ def score_run(
         database_file: calibration database.
         out: score file.
         threads: CPU threads of torch; None leaves its default.
+        gpus: how many GPUs the model is spread over.
         built: CUDA extension → what came of building it, as its own job found. A format that was
             simulated is measured again once its extension is there.
         cache: folder of the extensions, as configured.
@@ -105,6 +107,7 @@ def score_run(
                 model_file.parent.name,
                 database_file,
                 threads,
+                gpus,
                 in_progress,
                 cache_folder(cache),
             ):
@@ -141,6 +144,7 @@ def _measure(
     model_name: str,
     database_file: Path,
     threads: int | None,
+    gpus: int,
     in_progress: InProgress,
     cache: Path,
 ) -> Iterator[Scores]:
@@ -149,7 +153,7 @@ def _measure(
     device = settings["device"]
     for format in wanted:
         check_device(format, device)
-    with leased(device):
+    with leased(device, gpus):
         start = time.monotonic()
         import torch
 
@@ -217,6 +221,7 @@ def _measure(
             device=torch.device(device),
             seed=sampling["seed"],
             in_progress=in_progress,
+            gpus=gpus,
         )
         model = Model(
             name=model_name,
@@ -366,14 +371,14 @@ def only_job(lock_file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def leased(device: str) -> Iterator[None]:
-    """Hold a GPU and show it alone to this process; nothing to do on a CPU."""
+def leased(device: str, gpus: int = 1) -> Iterator[None]:
+    """Hold GPUs and show them alone to this process; nothing to do on a CPU."""
     if device == "cpu":
         yield
         return
     # The driver's order, so that an index means the same to NVML and to CUDA.
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    with lease(visible_devices()) as identifier:
-        os.environ["CUDA_VISIBLE_DEVICES"] = identifier
-        logger.info("leased GPU %s", identifier)
+    with lease(visible_devices(), count=gpus) as identifiers:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(identifiers)
+        logger.info("leased GPU %s", " and ".join(identifiers))
         yield

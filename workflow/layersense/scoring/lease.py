@@ -11,7 +11,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -88,14 +88,27 @@ def choose_devices(uuids: Sequence[str], variable: str | None) -> list[str]:
 
 
 @contextmanager
-def lease(devices: Sequence[str], folder: Path | None = None) -> Iterator[str]:
-    """Hold one of ``devices`` until the block ends or the process dies; yield its id.
+def lease(
+    devices: Sequence[str], folder: Path | None = None, *, count: int = 1
+) -> Iterator[list[str]]:
+    """Hold some of ``devices`` until the block ends or the process dies; yield their ids.
 
-    Waits, and says so, while other processes hold all of them.
+    Waits, and says so, while other processes hold them. Who needs several keeps those it has got
+    while it waits for more; one process at a time does so, or two could wait for each other.
+
+    Args:
+        devices: ids to choose from.
+        folder: where the lock files are; default: one for the machine.
+        count: how many to hold.
 
     Raises:
-        LayersenseError: the lock folder cannot be written.
+        LayersenseError: there are fewer devices, or the lock folder cannot be written.
     """
+    if count > len(devices):
+        raise LayersenseError(
+            f"the run asks for {count} GPUs, and this job may use {len(devices)}; lower `gpus` of "
+            "the run, or give it more (`--resources gpu=N`, CUDA_VISIBLE_DEVICES, the cluster)"
+        )
     folder = folder or default_folder()
     try:
         if not folder.is_dir():
@@ -104,27 +117,41 @@ def lease(devices: Sequence[str], folder: Path | None = None) -> Iterator[str]:
             folder.chmod(0o1777)
     except OSError as error:
         raise _no_lock(folder, error) from error
-    locks = [
-        FileLock(folder / f"{re.sub('[^A-Za-z0-9-]', '_', device)}.lock", timeout=0, mode=0o666)
-        for device in devices
-    ]
+    with ExitStack() as held:
+        with ExitStack() as gathering:
+            if count > 1:
+                message = "another job gathers several GPUs; waiting until it has them"
+                _take(["several"], 1, folder, gathering, message)
+            message = f"{len(devices)} GPU(s), and too few are free; waiting for other jobs"
+            taken = _take(devices, count, folder, held, message)
+        yield taken
+
+
+def _take(
+    names: Sequence[str], count: int, folder: Path, held: ExitStack, message: str
+) -> list[str]:
+    """Lock ``count`` of ``names`` for as long as ``held`` is open; return them in order."""
+    free = {
+        name: FileLock(folder / f"{re.sub('[^A-Za-z0-9-]', '_', name)}.lock", timeout=0, mode=0o666)
+        for name in names
+    }
+    taken: set[str] = set()
     waiting = False
     while True:
-        for device, lock in zip(devices, locks, strict=True):
+        for name in list(free):
             try:
-                lock.acquire()
+                free[name].acquire()
             except Timeout:
                 continue
             except OSError as error:
                 raise _no_lock(folder, error) from error
-            try:
-                yield device
-            finally:
-                lock.release()
-            return
+            held.callback(free.pop(name).release)
+            taken.add(name)
+            if len(taken) == count:
+                return [name for name in names if name in taken]
         if not waiting:
             waiting = True
-            logger.info("all of %d GPU(s) are leased by other jobs; waiting", len(devices))
+            logger.info("%s", message)
         time.sleep(POLL_SECONDS)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from layersense.calibration.database import Row
 from layersense.models.checkpoints import Checkpoint
+from layersense.models.devices import spread_over
 from layersense.models.tasks.protocol import Batch, Loaded, Sampling, Task
 from layersense.quantization.formats import Format
 from layersense.quantization.modelopt_formats import kernel_mode
@@ -38,6 +39,8 @@ class Measurement:
     seed: int
     in_progress: InProgress | None = None
     """Where completed batches of a long measurement are kept."""
+    gpus: int = 1
+    """How many GPUs the model is spread over, the first that are visible."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +131,14 @@ def load(measurement: Measurement) -> Loaded:
     """Load the model, seeded, with every dropout at zero and activations that overwrite nothing."""
     torch.manual_seed(measurement.seed)
     if measurement.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(measurement.device)
+        for gpu in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(gpu)
         # cuDNN's attention plans anew for each shape, that is, for nearly every batch: seconds.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    loaded = measurement.task.load(
-        measurement.checkpoint, dtype=measurement.dtype, device=measurement.device
-    )
+    with spread_over(measurement.gpus):
+        loaded = measurement.task.load(
+            measurement.checkpoint, dtype=measurement.dtype, device=measurement.device
+        )
     _disable_dropout(loaded.model)
     for module in loaded.model.modules():
         # A score needs the output that an activation in place would overwrite.

@@ -7,6 +7,8 @@ import time
 import torch
 from tqdm import tqdm
 
+from layersense.scoring.environment import peak_memory_bytes
+
 logger = logging.getLogger(__name__)
 
 LINE_SECONDS = 15.0
@@ -39,7 +41,7 @@ class Progress:
             self._last_line = now
             rate = (now - self.started) / self.done
             memory = (
-                f", {torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB"
+                f", {peak_memory_bytes(self.device) / 2**30:.1f} GiB"
                 if self.device.type == "cuda"
                 else ""
             )

@@ -37,6 +37,7 @@ def verify_run(
     database_file: Path,
     out: Path,
     threads: int | None = None,
+    gpus: int = 1,
     cache: str | None = None,
 ) -> int:
     """Bring a run's ``verification.json`` up to date; return how many entries were measured.
@@ -52,6 +53,7 @@ def verify_run(
         database_file: calibration database.
         out: file to bring up to date.
         threads: CPU threads of torch; None leaves its default.
+        gpus: how many GPUs the model is spread over.
         cache: folder of the CUDA extensions, as configured.
 
     Raises:
@@ -79,7 +81,7 @@ def verify_run(
             logger.info("to measure: %d single groups, %d recipes", len(singles), len(recipes))
             found = _measure(
                 run, settings["measured"], wanted, singles, recipes, checkpoint, database_file,
-                threads, cache_folder(cache),
+                threads, gpus, cache_folder(cache),
             )  # fmt: skip
             held = _merge(held, found, context)
         else:
@@ -192,12 +194,14 @@ def _measure(
     checkpoint: Checkpoint,
     database_file: Path,
     threads: int | None,
+    gpus: int,
     cache: Path,
 ) -> Verification:
-    with leased(settings["device"]):
+    with leased(settings["device"], gpus):
         start = time.monotonic()
         import torch
 
+        from layersense.models.devices import spread_over
         from layersense.models.tasks import get_task
         from layersense.quantization.modelopt_formats import require_kernel
         from layersense.scoring.environment import describe_environment, peak_memory_bytes
@@ -217,7 +221,8 @@ def _measure(
             require_kernel(wanted.formats[name], settings["device"])
         start = time.monotonic()
         task = get_task(checkpoint.task)
-        loaded = task.load(checkpoint, dtype=settings["dtype"], device=device)
+        with spread_over(gpus):
+            loaded = task.load(checkpoint, dtype=settings["dtype"], device=device)
         unit = task.unit(settings["modality"])
         with open_database(database_file) as database:
             calibration_rows = database.rows(

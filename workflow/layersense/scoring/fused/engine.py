@@ -14,6 +14,7 @@ from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import Tensor, nn
 
 from layersense.errors import LayersenseError
+from layersense.models.devices import check_together
 from layersense.models.tasks.protocol import Batch, Loaded
 from layersense.quantization.formats import Format
 from layersense.scoring.fused.attention import batch_windows
@@ -102,6 +103,9 @@ class _Engine:
         self.types = {name: type(module).__name__ for name, module in self.model.named_modules()}
         with timed(self.seconds, "insert quantizers"):
             self.quantizers = Quantizers(self.model, self.formats)
+            check_together(
+                {name: hparam.quant_modules for name, hparam in self.quantizers.groups.items()}
+            )
         self._log_start(len(calibration), len(self.scoring.batches))
         self._calibrate(calibration)
         self.taps = Taps(self.quantizers)
@@ -276,9 +280,9 @@ class _Engine:
         except torch.OutOfMemoryError:
             held = math.inf
         self.taps.held_bytes = None
-        free, _ = torch.cuda.mem_get_info(self.device)
-        allocated = torch.cuda.memory_allocated(self.device)
-        usable = free + torch.cuda.memory_reserved(self.device)
+        gpus = range(self.measurement.gpus)
+        allocated = sum(map(torch.cuda.memory_allocated, gpus))
+        usable = sum(torch.cuda.mem_get_info(g)[0] + torch.cuda.memory_reserved(g) for g in gpus)
         torch.cuda.empty_cache()
         return allocated + HELD_FACTOR * held, usable
 
