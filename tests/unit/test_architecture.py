@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ORDER = [
-    "errors", "logs", "failures", "files", "paths", "config", "calibration", "quantization",
-    "models", "job_resources", "scoring", "manifests", "recipes", "verification",
+    "errors", "logs", "failures", "files", "progress", "paths", "config", "calibration",
+    "quantization", "models", "job_resources", "scoring", "manifests", "recipes", "verification",
     "reports", "settings", "validation",
 ]  # fmt: skip
 """What stands later may import what stands earlier."""

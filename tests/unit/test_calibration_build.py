@@ -32,12 +32,17 @@ def build(path: Path, **settings: Any) -> Database:
     return open_database(path)
 
 
+def files(folder: Path, pattern: str = "*") -> list[str]:
+    """Return what lies in a folder, but for the lock, which stays for the next job."""
+    return sorted(file.name for file in folder.glob(pattern) if file.suffix != ".lock")
+
+
 def refused(path: Path, **settings: Any) -> str:
     """Build, expect a refusal, return the sentence; nothing may be left behind."""
     folder = path / "out"
     with pytest.raises(LayersenseError) as told:
         build(folder / "bad.sqlite", **settings)
-    assert not folder.exists() or list(folder.iterdir()) == []
+    assert not folder.exists() or files(folder) == []
     sentence = str(told.value)
     assert "\n" not in sentence
     return sentence
@@ -130,7 +135,7 @@ def test_coco_holds_all_that_is_listed_and_what_was_drawn(coco: Path, tmp_path: 
         ]
         assert ask("SELECT * FROM categories").fetchall() == [(1, "thing", "things")]
     connection.close()
-    assert [p.name for p in tmp_path.glob("*.sqlite*")] == ["a.sqlite"]
+    assert files(tmp_path, "*.sqlite*") == ["a.sqlite"]
 
 
 def test_order_of_the_files_changes_nothing(coco: Path, tmp_path: Path) -> None:
@@ -614,7 +619,7 @@ def test_file_size_limit_leaves_the_old_database(tmp_path: Path) -> None:
         text=True,
     )
     assert re.fullmatch(r"told: .*s\.sqlite: cannot be written \(.*\); free disk.*\n", done.stderr)
-    assert list(tmp_path.iterdir()) == [path]
+    assert files(tmp_path) == [path.name]
     assert path.read_bytes() == before
 
 
@@ -627,9 +632,57 @@ def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
     try:
         with pytest.raises(LayersenseError, match=r"s\.sqlite: cannot be written \(.*full"):
             build(disk / "s.sqlite", source="sample")
-        assert list(disk.iterdir()) == []
+        assert files(disk) == []
         with pytest.raises(OSError, match="No space") as full:  # the disk was really too small
             (disk / "x").write_bytes(bytes(100_000))
         assert full.value.errno == errno.ENOSPC
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- several at once
+
+
+@pytest.mark.slow
+def test_jobs_that_start_together_build_once(coco: Path, tmp_path: Path) -> None:
+    """An orphan of a killed workflow and its successor, on one machine or on several."""
+    path = tmp_path / "out" / "a.sqlite"
+    settings = {"source": "coco", "root": str(coco), "calibration": 4, "heldout": 1}
+    command = [sys.executable, "-m", "layersense", "dataset", "d", "--out", str(path)]
+    # Rows enough that the first is still at work when the last has started.
+    edit(
+        coco,
+        "captions",
+        lambda c: c["annotations"].extend(
+            {"id": 1000 + i, "image_id": 1 + i % 10, "caption": f"text {i}"} for i in range(200_000)
+        ),
+    )
+    processes = [
+        subprocess.Popen(
+            [*command, "--settings", json.dumps(settings)], stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    told = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, told
+    waited = ["another job builds this dataset" in text for text in told]
+    built = ["was built meanwhile" not in text for text in told]
+    # A process that came after all others were done builds again, as it was asked to.
+    assert sum(built) == waited.count(False) < 4
+    assert any(waited)
+    assert files(path.parent) == ["a.sqlite"]
+    with open_database(path) as database:
+        assert database.count("caption", "calibration") == 4
+
+
+def test_a_job_that_waited_builds_what_is_of_other_settings(coco: Path, tmp_path: Path) -> None:
+    """Only a database of the very same entry stands for one's own work."""
+    from layersense.calibration.build import _is_of
+
+    path = tmp_path / "a.sqlite"
+    adapter = TypeAdapter[Any](Dataset)
+    entry = {"source": "coco", "root": str(coco), "calibration": 4, "heldout": 1}
+    assert not _is_of(path, adapter.validate_python(entry))
+    build(path, source="coco", root=str(coco)).close()
+    assert _is_of(path, adapter.validate_python({**entry, "fetch": {}}))
+    assert not _is_of(path, adapter.validate_python({**entry, "seed": 1}))

@@ -1,12 +1,17 @@
-"""Real COCO photographs by config alone."""
+"""Real COCO photographs by config alone; COCO fetched."""
 
+import io
+import json
+import zipfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 
 from conftest import Project
+from file_server import serve
 
 pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
@@ -50,3 +55,43 @@ def test_both_splits_of_real_coco_end_in_reports(
         assert (study.results / f"vlm.{split}/fp8/layer-sensitivity-report.md").exists()
         scores = table[table["run"] == f"vlm.{split}"].groupby("subsystem", observed=True)["score"]
         assert (scores.max()[["vision", "language"]] > 0).all()
+
+
+def test_a_dataset_fetches_what_it_draws(new_study: Project, tmp_path: Path) -> None:
+    """Twice nothing, more rows their images alone, and how fast is no reason."""
+    study = new_study.copy(tmp_path / "study")
+    target = "results/calibration/photos.sqlite"
+    with serve() as server:
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 30)).save(buffer, "JPEG")
+        images = [
+            {"id": i, "file_name": f"{i}.jpg", "width": 40, "height": 30,
+             "coco_url": f"{server.address}/{i}.jpg"}
+            for i in range(1, 61)
+        ]  # fmt: skip
+        captions = [{"id": i, "image_id": i, "caption": f"photo {i}"} for i in range(1, 61)]
+        server.files = {f"/{i}.jpg": buffer.getvalue() for i in range(1, 61)}
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            content = json.dumps({"images": images, "annotations": captions})
+            archive.writestr("annotations/captions_train2017.json", content)
+        server.files["/notes.zip"] = buffer.getvalue()
+        coco = {
+            "source": "coco",
+            "root": "data of mine/coco; touch pwned",
+            "calibration": 8,
+            "heldout": 2,
+            "fetch": {"annotations": f"{server.address}/notes.zip"},
+        }
+        study.edit(lambda config: config["datasets"].update(photos=coco))
+        assert study.run(target).jobs == {"fetch/photos", "dataset/photos"}
+        sampled = study.json("calibration/photos.fetched.json")["sampled"]
+        assert len(server.asked) == 1 + sampled
+        study.edit(lambda config: config["datasets"]["photos"]["fetch"].update(connections=2))
+        assert study.run(target).jobs == set()
+        study.edit(lambda config: config["datasets"]["photos"].update(calibration=16))
+        assert study.run(target).jobs == {"fetch/photos", "dataset/photos"}
+        more = study.json("calibration/photos.fetched.json")
+        assert more["fetched"] == more["sampled"] - sampled > 0
+        assert len(server.asked) == 1 + more["sampled"]
+    assert not list(study.root.rglob("pwned"))

@@ -21,7 +21,7 @@ EXAMPLES = sorted(
     path.name for path in (Path(__file__).parents[2] / "config" / "examples").glob("*.yaml")
 )
 SCHEME_RULES = ("solve", "layers", "frontier", "recipe", "report", "page")
-MEASURING = {"dataset", "model", "extension", "score", "scores", "verify"}
+MEASURING = {"fetch", "dataset", "model", "extension", "score", "scores", "verify"}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,8 @@ def expected(config: dict[str, Any]) -> set[str]:
     jobs = {"all", "summaries", "summary", "index", "scripts"}
     for name, run in config["runs"].items():
         jobs |= {f"dataset/{run['dataset']}", f"model/{run['model']}", f"score/{name}"}
+        if config["datasets"][run["dataset"]].get("fetch") is not None:
+            jobs.add(f"fetch/{run['dataset']}")
         if run.get("verify") is not None:
             jobs |= {f"verify/{name}", f"verification/{name}"}
         for scheme in run["schemes"]:
@@ -227,7 +229,20 @@ def provide_files(root: Path) -> None:
     (root / "photos" / "table.csv").write_text("image,text\n")
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
+FETCHES = "qwen2.5-vl-3b-coco.yaml"
+"""The example that has nothing to lack: checkpoint and data are fetched."""
+
+
+def test_fetching_asks_for_connections_and_no_gpu(project: Project) -> None:
+    file = f"config/examples/{FETCHES}"
+    outcome = dry_run(project, "--configfile", file, "--resources", "gpu=1")
+    jobs = planned(outcome.output)
+    assert "fetch/coco" in jobs
+    assert "fetch/coco" not in gpus(jobs)
+    assert "connections=4" in jobs["fetch/coco"]["resources"]
+
+
+@pytest.mark.parametrize("example", sorted(set(EXAMPLES) - {FETCHES}))
 def test_an_example_lacks_its_files_and_nothing_else(project: Project, example: str) -> None:
     file = f"config/examples/{example}"
     outcome = project.run("--configfile", file, "--dry-run", check=False)

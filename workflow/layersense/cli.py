@@ -67,6 +67,20 @@ def dataset(name: str, settings: Settings, out: Out) -> None:
 
 
 @app.command(rich_help_panel=RULES)
+def fetch(
+    name: str,
+    settings: Settings,
+    out: Out,
+    connections: Annotated[int, typer.Option(min=1, max=16, help="At once.")] = 4,
+) -> None:
+    """Fetch what a COCO dataset lacks: annotations once, then the sampled images alone."""
+    from layersense.calibration.fetch import fetch_coco
+    from layersense.config import CocoDataset
+
+    fetch_coco(name, CocoDataset.model_validate(settings), out, connections)
+
+
+@app.command(rich_help_panel=RULES)
 def model(name: str, settings: Settings, out: Out) -> None:
     """Fetch, or build, a checkpoint and record what it is."""
     from layersense.models.resolve import resolve_model

@@ -38,6 +38,12 @@ SCORE_SAMPLES = 128
 """How many rows a run scores that does not say so, if the calibration rows are as many."""
 
 
+COCO_SPLITS = {"train2014": "2014", "val2014": "2014", "train2017": "2017", "val2017": "2017"}
+"""COCO's splits with annotations → the year in the name of their zip."""
+COCO_ANNOTATIONS = "http://images.cocodataset.org/annotations/annotations_trainval{year}.zip"
+"""COCO's own address; its certificate is for another name, so it has no https."""
+
+
 class Section(BaseModel):
     """A part of the config; unknown keys and values of another type are refused."""
 
@@ -69,6 +75,16 @@ class SampleDataset(DatasetSection):
     """`sample`: the embedded sample."""
 
 
+class Fetch(Section):
+    """What a COCO dataset fetches that is not there: annotations, then the sampled images alone."""
+
+    annotations: str | None = Field(None, pattern=r"^https?://\S+$")
+    """Address of a zip with `captions_{split}.json` or `instances_{split}.json`; default COCO's
+    own, for its splits `train2014`, `val2014`, `train2017` and `val2017`."""
+    connections: int = Field(4, ge=1, le=16)
+    """Connections to the server at once."""
+
+
 class CocoDataset(DatasetSection):
     """COCO in its own layout: `annotations/`, and one folder of images for each split."""
 
@@ -79,12 +95,24 @@ class CocoDataset(DatasetSection):
     split: Name = "train2017"
     """COCO split, such as `train2017` or `val2017`; it names the three files below."""
     captions: str | None = None
-    """Captions file; default `{root}/annotations/captions_{split}.json`."""
+    """Captions file, or one in a zip (`annotations.zip/captions.json`); default
+    `{root}/annotations/captions_{split}.json`, or the one in a zip there or in `root`."""
     instances: str | None = None
-    """Instances file (boxes and masks); default `{root}/annotations/instances_{split}.json`
-    where that exists, else none."""
+    """Instances file (boxes and masks), in the same way; none where there is none."""
     images: str | None = None
-    """Image folder; default `{root}/{split}`."""
+    """Image folder, or a zip, which is not unpacked; default `{root}/{split}`, or
+    `{root}/{split}.zip`."""
+    fetch: Fetch | None = None
+    """Fetch what is not there into `root`; `{}` with the defaults. Images come from the `coco_url`
+    that the annotations name. Without it nothing is fetched."""
+
+    @property
+    def annotations_url(self) -> str | None:
+        """Where the zip of annotations is fetched; None for an unknown split of no address."""
+        if self.fetch is not None and self.fetch.annotations is not None:
+            return self.fetch.annotations
+        year = COCO_SPLITS.get(self.split)
+        return year and COCO_ANNOTATIONS.format(year=year)
 
 
 class ImagesDataset(DatasetSection):
@@ -93,7 +121,7 @@ class ImagesDataset(DatasetSection):
     source: Literal["images"]
     """`images`: a folder of images and a table."""
     images: str
-    """Folder that the table's image names are relative to."""
+    """Folder, or zip, that the table's image names are relative to."""
     table: str
     """CSV or JSONL file with the columns `image` and `text`."""
 

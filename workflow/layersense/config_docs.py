@@ -35,6 +35,7 @@ _SECTIONS: dict[str, tuple[tuple[str, type[BaseModel]], ...]] = {
     "datasets": (
         ("The embedded sample", models.SampleDataset),
         ("COCO", models.CocoDataset),
+        ("`fetch` of COCO", models.Fetch),
         ("Own photographs", models.ImagesDataset),
         ("Own texts", models.TextDataset),
     ),

@@ -122,8 +122,10 @@ def has_locks(folder: str | Path) -> bool:
 
 
 @contextmanager
-def exclusive(lock_file: Path, waiting: str, without: str) -> Iterator[None]:
+def exclusive(lock_file: Path, waiting: str, without: str) -> Iterator[bool]:
     """Let one process at a time run the block; the kernel frees the lock even after SIGKILL.
+
+    Yields whether another process held it first.
 
     The lock file is never deleted, or two processes could hold two files of one name.
 
@@ -135,6 +137,7 @@ def exclusive(lock_file: Path, waiting: str, without: str) -> Iterator[None]:
     Raises:
         LayersenseError: the file cannot be written.
     """
+    waited = False
     try:
         lock_file.parent.mkdir(parents=True, exist_ok=True)
         locks = has_locks(lock_file.parent)
@@ -144,6 +147,7 @@ def exclusive(lock_file: Path, waiting: str, without: str) -> Iterator[None]:
                 lock.acquire(timeout=0)
             except Timeout:
                 logger.info("%s: %s", lock_file, waiting)
+                waited = True
                 lock.acquire()
     except OSError as error:
         raise LayersenseError(
@@ -153,7 +157,7 @@ def exclusive(lock_file: Path, waiting: str, without: str) -> Iterator[None]:
     if not locks:
         logger.warning("%s: this file system has no locks, so %s", lock_file.parent, without)
     try:
-        yield
+        yield waited
     finally:
         lock.release()
 

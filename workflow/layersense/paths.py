@@ -35,6 +35,11 @@ def calibration(dataset: str) -> str:
     return f"{RESULTS}/calibration/{dataset}.sqlite"
 
 
+def fetched(dataset: str) -> str:
+    """Return the record of what ``dataset`` has on disk, where it fetches."""
+    return f"{RESULTS}/calibration/{dataset}.fetched.json"
+
+
 def model(model: str) -> str:
     """Return the record of a resolved checkpoint: where it lies, its digest, its size."""
     return f"{RESULTS}/models/{model}/model.json"

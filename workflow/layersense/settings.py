@@ -31,8 +31,14 @@ SOLVER_VERSION = 3
 
 
 def dataset_settings(config: Config, dataset: str) -> dict[str, Any]:
-    """Return what determines a calibration database: the whole entry."""
-    return config.datasets[dataset].model_dump(mode="json")
+    """Return what determines a calibration database: the entry, but for how its files come."""
+    return config.datasets[dataset].model_dump(mode="json", exclude={"fetch"})
+
+
+def fetch_settings(config: Config, dataset: str) -> dict[str, Any]:
+    """Return what determines which files a dataset fetches."""
+    entry = config.datasets[dataset]
+    return entry.model_dump(mode="json", exclude={"fetch": {"connections"}})
 
 
 def model_settings(config: Config, model: str) -> dict[str, Any]:

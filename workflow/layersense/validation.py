@@ -12,7 +12,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from layersense import config as models
-from layersense.config import TASK_METHODS, TASK_MODALITIES, Config, OwnFormat
+from layersense.calibration.archives import is_file, is_folder
+from layersense.calibration.build import coco_files
+from layersense.config import COCO_SPLITS, TASK_METHODS, TASK_MODALITIES, Config, OwnFormat
 from layersense.errors import LayersenseError
 from layersense.models.outside import find_module, is_outside
 from layersense.paths import RESERVED_RUNS, RESERVED_SCHEMES
@@ -287,6 +289,8 @@ class _Checker:
         section = str(path[0])
         if section == "report":
             return models.Report
+        if section == "datasets" and path[2:3] == ("fetch",):
+            return models.Fetch
         if section in ("datasets", "models"):
             entry = self.data[section][path[1]]
             kinds = DATASETS if section == "datasets" else MODELS
@@ -672,21 +676,47 @@ class _Checker:
             self._check_file((*path, "images"), dataset.get("images"), folder=True)
             self._check_file((*path, "table"), dataset.get("table"))
         elif source == "coco" and isinstance(dataset.get("root"), str):
-            root, split = dataset["root"], dataset.get("split")
-            if not self._check_file((*path, "root"), root, folder=True) or split is None:
-                return
-            folder = dataset.get("images") or f"{root}/{split}"
-            captions = dataset.get("captions") or f"{root}/annotations/captions_{split}.json"
-            self._check_file((*path, "images"), folder, folder=True)
-            self._check_file((*path, "captions"), captions)
-            self._check_file((*path, "instances"), dataset.get("instances"))
+            wrong = {found[2] for found in self.bad if found[:2] == path and len(found) > 2}
+            if not wrong & {"split", "captions", "instances", "images", "fetch"}:
+                self._check_coco(path, models.CocoDataset.model_validate(dataset))
+            elif "fetch" not in wrong:  # which files it means is not known
+                self._check_file((*path, "root"), dataset["root"], folder=True)
+
+    def _check_coco(self, path: Path_, dataset: models.CocoDataset) -> None:
+        if dataset.fetch is not None:
+            # What is not there comes before anything is measured.
+            if dataset.annotations_url is None:
+                self.add(
+                    (*path, "fetch", "annotations"),
+                    "expected the address of a zip, because COCO has annotations of "
+                    f"{_or(COCO_SPLITS)} alone",
+                    dataset.split,
+                )
+            return
+        if not self._check_file((*path, "root"), dataset.root, folder=True):
+            return
+        try:
+            captions, instances, images = coco_files(dataset)
+        except LayersenseError as error:
+            self.add((*path, "root"), str(error))
+            return
+        notes = Path(dataset.root) / "annotations"
+        if captions is None and instances is None:
+            captions = notes / f"captions_{dataset.split}.json"
+        self._check_file((*path, "images"), str(images), folder=True)
+        for key, file in (("captions", captions), ("instances", instances)):
+            self._check_file((*path, key), None if file is None else str(file))
 
     def _check_file(self, path: Path_, name: Any, *, folder: bool = False) -> bool:
         """Return whether a file or folder is there, having noted it if not."""
         if not isinstance(name, str):
             return False
         file = Path(name).expanduser()
-        there = file.is_dir() if folder else file.is_file()
+        try:
+            there = is_folder(file) if folder else is_file(file)
+        except LayersenseError as error:  # a zip that is none
+            self.add(path, str(error))
+            return False
         if not there:
             what = "folder" if folder else "file"
             state = "is something else" if file.exists() else "is not there"

@@ -140,6 +140,17 @@ def environment(name):
     return f"../../envs/{name}.yaml"
 
 
+def fetched_files(wildcards):
+    """Return the record of what a dataset fetched, if it fetches."""
+    fetches = getattr(CONFIG.datasets[wildcards.dataset], "fetch", None) is not None
+    return [paths.fetched(wildcards.dataset)] if fetches else []
+
+
+def connections(wildcards):
+    """Return how many connections a dataset fetches over at once."""
+    return CONFIG.datasets[wildcards.dataset].fetch.connections
+
+
 def formats_to_have(wildcards):
     """Return the formats of a run's score file: those wanted, and those held that still match."""
     held = settings.read_measured(paths.measured(wildcards.run))

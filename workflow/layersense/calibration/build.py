@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from layersense.calibration.archives import find_in_zips, image_folder, is_folder
 from layersense.calibration.coco import merge, read_coco
 from layersense.calibration.database import (
     APPLICATION_ID,
@@ -20,6 +21,7 @@ from layersense.calibration.database import (
     SAMPLE,
     TABLES,
     USER_VERSION,
+    open_database,
 )
 from layersense.calibration.images import decode_image, read_image
 from layersense.calibration.records import Image, Records
@@ -27,7 +29,7 @@ from layersense.calibration.sampling import Sample, draw
 from layersense.calibration.tables import read_table, read_texts
 from layersense.config import CocoDataset, Dataset, ImagesDataset, TextDataset
 from layersense.errors import LayersenseError
-from layersense.files import atomic_path, canonical_json
+from layersense.files import atomic_path, canonical_json, digest_json, exclusive
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class _Checked:
 def build_database(name: str, dataset: Dataset, path: str | Path) -> None:
     """Read a source, draw its samples, check their images and write ``path`` in one step.
 
+    Of several processes that build the same at the same time one does, and the others wait for it.
+
     Args:
         name: the dataset's name in the config.
         dataset: its entry in the config; relative paths are relative to the working directory.
@@ -55,22 +59,54 @@ def build_database(name: str, dataset: Dataset, path: str | Path) -> None:
         LayersenseError: the source or a sampled image is unusable, more rows are asked for than
             there are, or ``path`` cannot be written. Nothing is left behind then.
     """
-    records = read_records(dataset)
-    samples = draw(
+    file = Path(path)
+    lock = file.with_name(f".{file.name}.lock")
+    with exclusive(
+        lock,
+        "another job builds this dataset; waiting for it",
+        "several jobs that build this dataset all do the whole work",
+    ) as waited:
+        if waited and _is_of(file, dataset):
+            logger.info("%s: was built meanwhile", path)
+            return
+        records = read_records(dataset)
+        samples = draw_samples(name, dataset, records)
+        for what, count in (
+            ("empty", records.empty_captions),
+            ("repeated", records.repeated_captions),
+        ):
+            if count:
+                logger.warning("%s: %d %s texts are left out", records.listing, count, what)
+        images = check_images(records, samples)
+        write_database(name, dataset, records, samples, images, path)
+
+
+def _is_of(path: Path, dataset: Dataset) -> bool:
+    """Return whether a database is there and was built from the same entry of the config."""
+    try:
+        with open_database(path) as database:
+            return database.meta.get("settings") == _settings_digest(dataset)
+    except LayersenseError:
+        return False
+
+
+def _settings_digest(dataset: Dataset) -> str:
+    return digest_json(dataset.model_dump(mode="json", exclude={"fetch"}))
+
+
+def draw_samples(name: str, dataset: Dataset, records: Records) -> list[Sample]:
+    """Return the samples that the config asks for.
+
+    Raises:
+        LayersenseError: fewer rows than asked for are there.
+    """
+    return draw(
         records,
         calibration=dataset.calibration,
         heldout=dataset.heldout,
         seed=dataset.seed,
         name=name,
     )
-    for what, count in (
-        ("empty", records.empty_captions),
-        ("repeated", records.repeated_captions),
-    ):
-        if count:
-            logger.warning("%s: %d %s texts are left out", records.listing, count, what)
-    images = check_images(records, samples)
-    write_database(name, dataset, records, samples, images, path)
 
 
 def read_records(dataset: Dataset) -> Records:
@@ -98,6 +134,12 @@ def read_records(dataset: Dataset) -> Records:
     return merge(parts, listing=SAMPLE, images_root=SAMPLE)
 
 
+def sampled_images(records: Records, samples: list[Sample]) -> list[Image]:
+    """Return the images that any sample holds, by id."""
+    wanted = {sample.image_id for sample in samples}
+    return [image for image in records.images if image.id in wanted]
+
+
 def check_images(records: Records, samples: list[Sample]) -> dict[int, _Checked]:
     """Open every sampled image; return its digest and size by image id.
 
@@ -107,8 +149,7 @@ def check_images(records: Records, samples: list[Sample]) -> dict[int, _Checked]
     root = records.images_root
     if root is None:
         return {}
-    wanted = {sample.image_id for sample in samples}
-    chosen = [image for image in records.images if image.id in wanted]
+    chosen = sampled_images(records, samples)
     boxed = {box.image_id for box in records.boxes}
 
     def check(image: Image) -> _Checked:
@@ -161,20 +202,39 @@ def write_database(
             ) from error
 
 
-def _read_coco(dataset: CocoDataset) -> Records:
+def coco_files(dataset: CocoDataset) -> tuple[Path | None, Path | None, Path]:
+    """Return captions, instances and image folder of a COCO dataset, each on disk or in a zip.
+
+    What the config names is taken. Else captions and instances are those of `annotations/` under
+    the root, or in a zip there or in the root; one of the two may be missing. The images are in
+    the folder of the split, or in the zip of its name.
+
+    Raises:
+        LayersenseError: a zip is damaged.
+    """
     root = _path(dataset.root)
     notes = root / "annotations"
-    captions: Path | None = notes / f"captions_{dataset.split}.json"
-    instances: Path | None = notes / f"instances_{dataset.split}.json"
-    if dataset.instances is not None:
-        instances = _path(dataset.instances)
-    elif instances is not None and not instances.exists():
-        instances = None
-    if dataset.captions is not None:
-        captions = _path(dataset.captions)
-    elif instances is not None and captions is not None and not captions.exists():
-        captions = None
-    return read_coco(captions, instances, _folder(dataset.images or root / dataset.split))
+
+    def find(named: str | None, kind: str) -> Path | None:
+        if named is not None:
+            return _path(named)
+        name = f"{kind}_{dataset.split}.json"
+        return notes / name if (notes / name).exists() else find_in_zips([notes, root], name)
+
+    captions = find(dataset.captions, "captions")
+    instances = find(dataset.instances, "instances")
+    images = _path(dataset.images) if dataset.images else root / dataset.split
+    packed = images.with_name(f"{images.name}.zip")
+    if dataset.images is None and not images.exists() and packed.is_file():
+        images = packed
+    return captions, instances, images
+
+
+def _read_coco(dataset: CocoDataset) -> Records:
+    captions, instances, images = coco_files(dataset)
+    if captions is None and instances is None:
+        captions = _path(dataset.root) / "annotations" / f"captions_{dataset.split}.json"
+    return read_coco(captions, instances, _folder(images))
 
 
 def _path(text: str | Path) -> Path:
@@ -183,15 +243,16 @@ def _path(text: str | Path) -> Path:
 
 def _folder(text: str | Path) -> Path:
     path = _path(text)
-    if not path.is_dir():
-        raise LayersenseError(f"{path}: there is no such image folder; correct its path")
-    return path
+    if not is_folder(path):
+        raise LayersenseError(f"{path}: there is no such image folder or zip; correct its path")
+    return image_folder(path)
 
 
 def _meta(name: str, dataset: Dataset, records: Records, samples: list[Sample]) -> dict[str, str]:
     meta = {
         "dataset": name,
         "source": dataset.source,
+        "settings": _settings_digest(dataset),
         "split": dataset.split if isinstance(dataset, CocoDataset) else "",
         "seed": str(dataset.seed),
         "images_root": "" if dataset.source == "sample" else str(records.images_root or ""),

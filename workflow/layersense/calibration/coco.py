@@ -28,6 +28,7 @@ class _Image(msgspec.Struct, gc=False):
     file_name: str
     width: int | None = None
     height: int | None = None
+    coco_url: str | None = None
 
 
 class _Caption(msgspec.Struct, gc=False):
@@ -140,7 +141,9 @@ def _add_images(images: dict[int, Image], found: list[_Image], file: Path, prefi
         name = prefix + check_file_name(image.file_name, f"{file}: image {image.id}")
         known = images.get(image.id)
         if known is None:
-            images[image.id] = Image(image.id, image.id, name, image.width, image.height)
+            images[image.id] = Image(
+                image.id, image.id, name, image.width, image.height, image.coco_url
+            )
         elif known.file_name != name:
             raise LayersenseError(
                 f"{file}: image {image.id} is {name!r}, but the captions file calls it "

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from layersense.calibration.archives import read_file
 from layersense.errors import LayersenseError
 
 Image.init()
@@ -16,6 +17,8 @@ JPEG includes the multi-picture files of telephones."""
 MAX_ASPECT = 200
 """Longest to shortest side; `qwen_vl_utils` refuses more."""
 MIN_SIDE = 2
+MAX_BYTES = 2**28
+"""The most that an image in a zip may take unpacked, or one that is fetched."""
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -34,18 +37,22 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def read_image(path: str | Path) -> bytes:
-    """Return the bytes of an image file.
+    """Return the bytes of an image file, or of one in a zip (``photos.zip/a.jpg``).
 
     Raises:
         LayersenseError: it is missing, not a plain file, empty or not readable.
     """
     file = Path(path)
     try:
-        if not file.exists():
-            raise LayersenseError(f"{path}: there is no such image; restore it or drop its rows")
-        if not file.is_file():
-            raise LayersenseError(f"{path}: is not a file, but an image was expected there")
-        data = file.read_bytes()
+        if file.exists() and not file.is_file():  # a pipe would block
+            raise IsADirectoryError
+        data = read_file(file, MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise LayersenseError(
+            f"{path}: there is no such image; restore it or drop its rows"
+        ) from error
+    except IsADirectoryError as error:
+        raise LayersenseError(f"{path}: is not a file, but an image was expected there") from error
     except OSError as error:
         raise LayersenseError(
             f"{path}: the image cannot be read ({error.strerror or error}); check its permissions"

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import msgspec
 
+from layersense.calibration.archives import read_file
 from layersense.errors import LayersenseError
 
 T = TypeVar("T")
@@ -24,6 +25,8 @@ class Image(msgspec.Struct, gc=False):
     file_name: str
     width: int | None
     height: int | None
+    url: str | None = None
+    """Where it can be fetched, as COCO says it; only fetching reads it."""
 
 
 class Caption(msgspec.Struct, gc=False):
@@ -105,14 +108,14 @@ def check_file_name(name: str, where: str) -> str:
 
 
 def read_bytes(path: Path, what: str) -> bytes:
-    """Return the bytes of an input file.
+    """Return the bytes of an input file, or of one in a zip (``annotations.zip/captions.json``).
 
     Raises:
         LayersenseError: it is missing or cannot be read.
     """
     try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
+        return read_file(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise LayersenseError(f"{path}: there is no such {what}; correct its path") from error
     except OSError as error:
         raise LayersenseError(
