@@ -190,6 +190,15 @@ def test_a_format_that_the_target_does_not_read_is_refused() -> None:
     assert line.startswith("schemes.fp8.target: ")
 
 
+def test_a_key_value_cache_needs_a_model_that_has_one() -> None:
+    data = valid()
+    data["schemes"]["fp8"]["kv_cache"] = "fp8"
+    assert load_config(data, "c.yaml", check_files=False).schemes["fp8"].kv_cache == "fp8"
+    data["schemes"]["fp8"]["target"] = "tensorrt"
+    (line,) = problems(data)
+    assert line.startswith("schemes.fp8.kv_cache: expected `none`: TensorRT reads no key-value")
+
+
 def test_a_scheme_has_one_budget() -> None:
     data = valid()
     data["schemes"]["fp8"]["size_gb"] = 3.0

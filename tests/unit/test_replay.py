@@ -15,6 +15,7 @@ from layersense.quantization.formats import known_formats
 from layersense.recipes.quant_config import (
     QuantConfig,
     enable_entries,
+    make_cache,
     make_parts,
 )
 from layersense.verification.replay import (
@@ -67,9 +68,10 @@ def calibration(loaded):
     return Calibration(task, batches, torch.device("cpu"), torch.float32)
 
 
-def make_config(recipe):
+def make_config(recipe, kv_cache="none"):
     formats = {name: known_formats()[name] for name in sorted(set(recipe.values()) - {"NONE"})}
     parts = make_parts(recipe, formats, MODULES, TYPES)
+    cache = make_cache(kv_cache, TYPES)
     return QuantConfig(
         run="r",
         scheme="s",
@@ -82,7 +84,8 @@ def make_config(recipe):
         recipe_digest="x",
         effective_bits=8.0,
         parts=parts,
-        enable=enable_entries(parts),
+        enable=enable_entries([*parts, *([cache] if cache else [])]),
+        kv_cache=cache,
     )
 
 
@@ -197,6 +200,50 @@ def test_switching_equals_applying(checkpoint):
         for ours, theirs in zip(switched, outputs(fresh, data), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
         assert (switched[0] - plain[0]).abs().max() > 1e-4
+    board.clear()
+    for before, after in zip(plain, outputs(loaded, data), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("kv_cache", ["fp8", "fp8_cast"])
+def test_the_cache_is_quantized_with_the_layers_and_without_them(checkpoint, kv_cache):
+    task = get_task("causal-lm")
+    recipe = recipe_of(AWQ, FP8, "NONE")
+    loaded = task.load(checkpoint, dtype="float32", device="cpu")
+    data = calibration(loaded)
+    plain = outputs(loaded, data)
+    board = Switchboard.of(loaded.model, MODULES)
+    for name in (FP8, AWQ):
+        board.calibrate(known_formats()[name], list(MODULES), TYPES, data)
+    board.calibrate_cache(make_cache(kv_cache, TYPES), data)
+    for before, after in zip(plain, outputs(loaded, data), strict=True):
+        assert torch.equal(before, after)
+    board.switch({}, kv_cache)
+    alone = outputs(loaded, data)
+    assert (alone[0] - plain[0]).abs().max() > 1e-4
+    board.switch(recipe)
+    layers = outputs(loaded, data)
+    board.switch(recipe, kv_cache)
+    both = outputs(loaded, data)
+    assert (both[0] - layers[0]).abs().max() > 1e-4
+
+    fresh = task.load(checkpoint, dtype="float32", device="cpu")
+    config = make_config(recipe, kv_cache)
+    apply_config(fresh.model, config, calibration(fresh))
+    check_applied(fresh.model, config)
+    for ours, theirs in zip(both, outputs(fresh, data), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    found = enabled_quantizers(fresh.model)
+    attention = {f"model.layers.{block}.self_attn" for block in (0, 1)}
+    for name in attention:
+        assert set(found[name]) == {"k_bmm_quantizer", "v_bmm_quantizer"}
+    amax = fresh.model.model.layers[0].self_attn.k_bmm_quantizer.amax
+    assert (amax is None or float(amax) == 448.0) == (kv_cache == "fp8_cast")
+    fresh.model.model.layers[1].self_attn.v_bmm_quantizer.disable()
+    with pytest.raises(
+        LayersenseError, match=r"layers\.1\.self_attn: the model's quantizers of keys"
+    ):
+        check_applied(fresh.model, config)
     board.clear()
     for before, after in zip(plain, outputs(loaded, data), strict=True):
         assert torch.equal(before, after)

@@ -24,7 +24,7 @@ from layersense.recipes.menu import Menu
 from layersense.verification import measure as module
 from layersense.verification.analysis import correlate, difference_interval, mean_with_interval
 from layersense.verification.measure import Measurer, kl_divergence, unit_sizes
-from layersense.verification.plan import make_plan, pick_groups
+from layersense.verification.plan import Whole, make_plan, pick_groups
 from layersense.verification.replay import Calibration, Switchboard
 from layersense.verification.store import Before, Damage, MeasuredRecipe, Single, Verification
 from layersense.verification.table import SUMMARY_KEY, read_summary, verification_table
@@ -61,6 +61,18 @@ def test_groups_are_spread_over_subsystems_kinds_and_scores():
 def test_an_edited_budget_or_coverage_picks_the_same_groups():
     one, other = decide(), decide(effective_bits=9, exclude=["lm_head"])
     assert pick_groups(one, FP8, 4) == pick_groups(other, FP8, 4)
+
+
+def test_a_quantized_cache_is_in_every_recipe_of_its_scheme_and_stands_alone_once():
+    plain, cached = (make_plan([decide(kv_cache=name)], OPTIONS) for name in ("none", "fp8"))
+    assert {planned.kv_cache for planned in cached.recipes} == {"fp8"}
+    assert {planned.kv_cache for planned in plain.recipes} == {"none"}
+    (alone,) = (planned for planned in cached.recipes if planned.role == "cache")
+    assert set(alone.recipe.values()) == {"NONE"}
+    assert not {planned.digest for planned in plain.recipes} & {
+        planned.digest for planned in cached.recipes
+    }
+    assert plain.singles == cached.singles
 
 
 def test_unreached_groups_are_not_verified():
@@ -196,7 +208,7 @@ def test_measures_are_those_of_the_definition(llama):
     board, data = llama
     handle = "lm_head.quant_recipe"
     recipe = dict.fromkeys(board.modules, INT4)
-    before, alone, whole = measurer(llama).measure([(FP8, handle)], {"all": recipe})
+    before, alone, whole = measurer(llama).measure([(FP8, handle)], {"all": Whole(recipe)})
     for damage, switched in ((alone[FP8, handle], {handle: FP8}), (whole["all"], recipe)):
         kl, agree, loss, correct = 0.0, 0, 0.0, 0
         for batch in data.batches:

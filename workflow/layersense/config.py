@@ -13,6 +13,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
 Modality = Literal["image_text", "text", "text_pair", "image_boxes", "image_labels", "image_masks"]
 Method = Literal["gradient", "kl_div"]
 Engine = Literal["fused", "modelopt"]
+KvCache = Literal["none", "fp8", "fp8_cast", "nvfp4", "nvfp4_cast"]
 Target = Literal["generic", "vllm", "tensorrt-llm", "tensorrt"]
 
 TASK_MODALITIES: dict[str, tuple[Modality, ...]] = {
@@ -251,6 +252,10 @@ class Scheme(Section):
     target: Target = "generic"
     """What the recipe is to run on: which formats can stand together, which layers must agree and
     which cannot be quantized at all. `generic` restricts nothing; `tensorrt` is for ONNX files."""
+    kv_cache: KvCache = "none"
+    """Format of a language model's key-value cache, applied uniformly after the layers have theirs;
+    `_cast` takes the type's own range instead of a calibrated one. It costs no bit of the budget
+    and is part of verification, `quant_config.json` and `recipe.yaml`."""
 
 
 class Verify(Section):

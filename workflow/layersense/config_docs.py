@@ -268,6 +268,8 @@ def _target_rows() -> Iterator[tuple[str, ...]]:
         for rule in runtime.restricted:
             allowed = f"only {code(rule.formats)}" if rule.formats else "never quantized"
             yield target, f"{rule.what}: {allowed}", rule.source
+        for cache in runtime.caches:
+            yield target, f"key-value cache: {code(cache.formats)}", cache.source
 
 
 def _pair_row(pair: Pair) -> tuple[str, ...]:

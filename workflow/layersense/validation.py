@@ -25,6 +25,7 @@ from layersense.quantization.formats import (
     known_formats,
     resolve_format,
 )
+from layersense.quantization.kv_cache import CACHE_TASKS, KV_CACHES, needs_cuda
 from layersense.recipes.targets import TARGETS, reads
 
 Path_ = tuple[str | int, ...]
@@ -479,6 +480,13 @@ class _Checker:
                     f"{runtime.title} does not read `{format.name}`; expected "
                     f"{_or(runtime.formats)}, or another `target`",
                 )
+        cache = scheme.get("kv_cache")
+        if cache in KV_CACHES and not any(cache in entry.formats for entry in runtime.caches):
+            self.add(
+                (*path, "kv_cache"),
+                f"expected `none`: {runtime.title} reads no key-value cache in this format",
+                cache,
+            )
 
     def _check_budget(self, path: Path_, scheme: Part) -> None:
         given = [key for key in BUDGETS if scheme.get(key) is not None]
@@ -543,6 +551,24 @@ class _Checker:
             self.add((*path, "min_pixels"), f"expected at most `max_pixels`, {most}", least)
         if run.get("device") == "cpu" and run.get("gpus", 1) > 1:
             self.add((*path, "gpus"), "expected 1 under `device: cpu`", run["gpus"])
+        task = self.part("models", run.get("model")).get("task")
+        for scheme in seen:
+            cache = self.part("schemes", scheme).get("kv_cache")
+            if not isinstance(cache, str) or cache not in KV_CACHES:
+                continue
+            if task in TASK_MODALITIES and task not in CACHE_TASKS:
+                self.add(
+                    ("schemes", scheme, "kv_cache"),
+                    f"expected `none`, because a model with `task: {task}` (run `{name}`) keeps no "
+                    "keys and values",
+                    cache,
+                )
+            elif run.get("device") == "cpu" and needs_cuda(cache):
+                self.add(
+                    (*path, "device"),
+                    f"expected `cuda`: ModelOpt has no CPU code for `kv_cache: {cache}` (scheme "
+                    f"`{scheme}`)",
+                )
         if run.get("device") == "cpu":
             for scheme in seen:
                 for word in self.part("schemes", scheme).get("quant_formats", ()):

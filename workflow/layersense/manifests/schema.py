@@ -35,6 +35,8 @@ class Scheme(msgspec.Struct, kw_only=True):
     """Standard errors of a score that count as damage."""
     target: str = "generic"
     """What the recipe is to run on."""
+    kv_cache: str = "none"
+    """Format of the key-value cache, the same for all layers."""
 
 
 class Layer(msgspec.Struct, kw_only=True):

@@ -202,6 +202,7 @@ def build_manifest(
             objective=scheme.objective,
             risk=scheme.risk,
             target=scheme.target,
+            kv_cache=scheme.kv_cache,
         ),
         run_name=run,
         model=scores.model,

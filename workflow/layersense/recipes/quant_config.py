@@ -8,7 +8,7 @@ switches the earlier ones off without losing what they calibrated; the entries o
 switch all of them on again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from layersense.files import atomic_write
 from layersense.manifests.read import read_own_manifest
 from layersense.manifests.schema import Manifest, plain_name
 from layersense.quantization.formats import NONE, Attributes, Format, format_from_settings
+from layersense.quantization.kv_cache import cache_config, cached_attention
 from layersense.recipes.menu import Recipe, recipe_digest
 
-QUANT_CONFIG_VERSION = 1
+QUANT_CONFIG_VERSION = 2
 AWQ_SHARE = 0.25
 """Share of the calibration batches by which ModelOpt's search calibrates AWQ."""
 
@@ -44,6 +45,17 @@ class Part(msgspec.Struct, kw_only=True):
     """Share of the calibration batches that the search calibrated it on: the first of them."""
 
 
+class Cache(msgspec.Struct, kw_only=True):
+    """The key-value cache."""
+
+    format: str
+    """A name of :data:`layersense.quantization.kv_cache.KV_CACHES`."""
+    modules: list[str]
+    """The attention modules."""
+    config: dict[str, Any]
+    """A config of `mtq.quantize`, replayed like a part, after all of them."""
+
+
 class QuantConfig(msgspec.Struct, kw_only=True):
     """The whole file."""
 
@@ -64,7 +76,9 @@ class QuantConfig(msgspec.Struct, kw_only=True):
     effective_bits: float
     parts: list[Part]
     enable: list[Entry]
-    """What switches all parts on, once each is calibrated."""
+    """What switches all parts and the cache on, once each is calibrated."""
+    kv_cache: Cache | None = None
+    """None: it stays as it is."""
 
 
 def quant_config(manifest: Manifest) -> QuantConfig:
@@ -79,6 +93,7 @@ def quant_config(manifest: Manifest) -> QuantConfig:
     modules = {handle: group.module_names for handle, group in manifest.layer_sensitivity.items()}
     types = {name: layer.module_type for name, layer in manifest.layers.items()}
     parts = make_parts(recipe, formats, modules, types)
+    cache = make_cache(manifest.scheme.kv_cache, manifest.layers)
     return QuantConfig(
         run=manifest.run_name,
         scheme=manifest.scheme.name,
@@ -91,7 +106,8 @@ def quant_config(manifest: Manifest) -> QuantConfig:
         recipe_digest=recipe_digest(recipe),
         effective_bits=manifest.autoquant_state.constraints["effective_bits"],
         parts=parts,
-        enable=enable_entries(parts),
+        enable=enable_entries([*parts, *([cache] if cache else [])]),
+        kv_cache=cache,
     )
 
 
@@ -142,7 +158,28 @@ def make_parts(
     return parts
 
 
-def enable_entries(parts: list[Part]) -> list[Entry]:
+def make_cache(name: str, layers: Iterable[str]) -> Cache | None:
+    """Return how a model's key-value cache is quantized; None if it is not.
+
+    Args:
+        name: format of the cache, or ``none``.
+        layers: names of all layers of the model.
+
+    Raises:
+        LayersenseError: the model has no attention that keeps keys and values.
+    """
+    if name == "none":
+        return None
+    modules = cached_attention(layers)
+    if not modules:
+        raise LayersenseError(
+            f"`kv_cache: {name}` quantizes keys and values, and the model has no layers that make "
+            "them in a language model or decoder; leave kv_cache of the scheme out"
+        )
+    return Cache(format=name, modules=modules, config=cache_config(name, modules))
+
+
+def enable_entries(parts: Sequence[Part | Cache]) -> list[Entry]:
     """Return what switches the quantizers of all parts on, and nothing else."""
     return [
         {"quantizer_name": entry["quantizer_name"], "enable": True}

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from layersense.quantization.formats import Format, format_settings, known_formats
+from layersense.quantization.kv_cache import KV_CACHES
 from layersense.quantization.layers import is_router
 
 VLLM = (
@@ -77,17 +78,27 @@ class Restricted:
 
 
 @dataclass(frozen=True)
+class Cached:
+    """Formats of the key-value cache that it can load."""
+
+    formats: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
 class Runtime:
     """What one runtime can load.
 
     A recipe is loadable if all its formats stand in one entry of ``together``, fused layers agree,
-    and no layer takes a format that a restriction withholds from it.
+    no layer takes a format that a restriction withholds from it, and the key-value cache is one of
+    ``caches`` or stays as it is.
     """
 
     title: str
     together: tuple[Together, ...]
     fused: tuple[Fused, ...] = ()
     restricted: tuple[Restricted, ...] = ()
+    caches: tuple[Cached, ...] = ()
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -111,6 +122,7 @@ W4A8_AWQ = "W4A8_AWQ_BETA_ALL_LAYERS_CFG"
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
+_CACHES = tuple(KV_CACHES)
 _TOWERS = ("visual", "vision_tower", "vision_model")
 
 TARGETS: Mapping[str, Runtime] = {
@@ -168,6 +180,7 @@ TARGETS: Mapping[str, Runtime] = {
                 routers=True,
             ),
         ),
+        caches=(Cached(_CACHES, f"{VLLM}, KV_CACHE_QUANT_ALGOS"),),
     ),
     "tensorrt-llm": Runtime(
         title="TensorRT-LLM",
@@ -202,6 +215,7 @@ TARGETS: Mapping[str, Runtime] = {
                 head=True,
             ),
         ),
+        caches=(Cached(_CACHES, f"{TENSORRT_LLM}/model_config.py, kv_cache_quant_algo"),),
     ),
     "tensorrt": Runtime(
         title="TensorRT",

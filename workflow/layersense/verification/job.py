@@ -15,8 +15,10 @@ from layersense.manifests.schema import Manifest
 from layersense.models.checkpoints import Checkpoint, read_checkpoint
 from layersense.quantization.extensions import cache_folder
 from layersense.quantization.formats import NONE, Format, format_from_settings
+from layersense.quantization.kv_cache import KV_CACHES
+from layersense.recipes.quant_config import make_cache
 from layersense.scoring.job import extensions_here, leased, only_job
-from layersense.verification.plan import Plan, make_plan
+from layersense.verification.plan import Plan, Whole, make_plan
 from layersense.verification.store import (
     MeasuredRecipe,
     Single,
@@ -126,8 +128,11 @@ class Wanted:
         self.singles = [
             (format, handle) for format, handles in plan.singles.items() for handle in handles
         ]
+        self.layers = list(self.types)
         self.recipes = {
-            planned.digest: {h: name for h, name in planned.recipe.items() if name != NONE}
+            planned.digest: Whole(
+                {h: name for h, name in planned.recipe.items() if name != NONE}, planned.kv_cache
+            )
             for planned in plan.recipes
         }
 
@@ -135,10 +140,11 @@ class Wanted:
         """Return the digest of one group under one format."""
         return digest_json([self.context, handle, self._settings[format]])
 
-    def recipe_digest(self, recipe: Mapping[str, str]) -> str:
+    def recipe_digest(self, whole: Whole) -> str:
         """Return the digest of a whole recipe."""
-        meant = {handle: self._settings[name] for handle, name in recipe.items()}
-        return digest_json([self.context, meant])
+        meant = {handle: self._settings[name] for handle, name in whole.recipe.items()}
+        cache = [] if whole.kv_cache == "none" else [KV_CACHES[whole.kv_cache]]
+        return digest_json([self.context, meant, *cache])
 
     def missing_singles(self, held: Verification | None) -> list[tuple[str, str]]:
         """Return format and handle of what is not held."""
@@ -150,14 +156,14 @@ class Wanted:
             or held.singles[format][handle].damage.digest != self.single_digest(format, handle)
         ]
 
-    def missing_recipes(self, held: Verification | None) -> dict[str, dict[str, str]]:
+    def missing_recipes(self, held: Verification | None) -> dict[str, Whole]:
         """Return the recipes that are not held."""
         return {
-            digest: recipe
-            for digest, recipe in self.recipes.items()
+            digest: whole
+            for digest, whole in self.recipes.items()
             if held is None
             or digest not in held.recipes
-            or held.recipes[digest].damage.digest != self.recipe_digest(recipe)
+            or held.recipes[digest].damage.digest != self.recipe_digest(whole)
         }
 
 
@@ -190,7 +196,7 @@ def _measure(
     settings: Mapping[str, Any],
     wanted: Wanted,
     singles: Sequence[tuple[str, str]],
-    recipes: Mapping[str, Mapping[str, str]],
+    recipes: Mapping[str, Whole],
     checkpoint: Checkpoint,
     database_file: Path,
     threads: int | None,
@@ -214,8 +220,9 @@ def _measure(
         torch.manual_seed(settings["sampling"]["seed"])
         device = torch.device(settings["device"])
         used = {format for format, _ in singles} | {
-            name for recipe in recipes.values() for name in recipe.values()
+            name for whole in recipes.values() for name in whole.recipe.values()
         }
+        caches = {whole.kv_cache for whole in recipes.values()}
         extensions_here([wanted.formats[name] for name in used], settings, cache)
         for name in used:
             require_kernel(wanted.formats[name], settings["device"])
@@ -244,6 +251,9 @@ def _measure(
         for name, format in wanted.formats.items():
             if name in used:
                 board.calibrate(format, wanted.groups_of[name], wanted.types, calibration)
+        for kv_cache in sorted(caches):
+            if found := make_cache(kv_cache, wanted.layers):
+                board.calibrate_cache(found, calibration)
         seconds["calibrate"] = time.monotonic() - start
         start = time.monotonic()
         measurer = Measurer(board, task, heldout, device, calibration.dtype)
@@ -262,7 +272,9 @@ def _measure(
             before=before,
             singles=entries,
             recipes={
-                digest: MeasuredRecipe(recipe=dict(recipes[digest]), damage=damage)
+                digest: MeasuredRecipe(
+                    recipe=recipes[digest].recipe, damage=damage, kv_cache=recipes[digest].kv_cache
+                )
                 for digest, damage in whole.items()
             },
             seconds={phase: round(value, 3) for phase, value in seconds.items()},

@@ -13,6 +13,7 @@ from torch.nn import functional
 from layersense.errors import LayersenseError
 from layersense.models.tasks.protocol import IGNORED, Batch, Task
 from layersense.scoring.progress import Progress
+from layersense.verification.plan import Whole
 from layersense.verification.replay import Switchboard
 from layersense.verification.store import Before, Damage
 
@@ -53,7 +54,7 @@ class Measurer:
 
     @torch.inference_mode()
     def measure(
-        self, singles: Sequence[Single], recipes: Mapping[str, Mapping[str, str]]
+        self, singles: Sequence[Single], recipes: Mapping[str, Whole]
     ) -> tuple[Before, dict[Single, Damage], dict[str, Damage]]:
         """Measure groups alone and whole recipes.
 
@@ -91,7 +92,7 @@ class Measurer:
     def _measure_batch(
         self,
         batch: Batch,
-        recipes: Mapping[str, Mapping[str, str]],
+        recipes: Mapping[str, Whole],
         before: Before,
         alone: dict[Single, Damage],
         whole: dict[str, Damage],
@@ -122,7 +123,7 @@ class Measurer:
             with trace.reuse(handle if self.exact_reuse else None):
                 self._compare(batch, logits, targets, sizes, damage)
         for digest, damage in whole.items():
-            self.board.switch(recipes[digest])
+            self.board.switch(recipes[digest].recipe, recipes[digest].kv_cache)
             self._compare(batch, logits, targets, sizes, damage)
 
     def _check_reuse(self, trace: "Trace", batch: Batch, logits: Tensor) -> None:

@@ -13,8 +13,13 @@ from layersense.recipes.baselines import baselines, random_recipes
 from layersense.recipes.frontier import frontier
 from layersense.recipes.menu import Menu, Recipe, recipe_digest
 
-Role = Literal["scheme", "frontier", "uniform", "head_kept", "edges_kept", "rival", "random"]
-"""``rival``: the best recipe within the bits of a baseline, which it is compared with."""
+Role = Literal[
+    "cache", "scheme", "frontier", "uniform", "head_kept", "edges_kept", "rival", "random"
+]
+"""``rival``: the best recipe within the bits of a baseline, which it is compared with. ``cache``:
+the key-value cache alone, of a scheme that quantizes it; its other recipes have it too."""
+CACHE = "key-value cache"
+"""Stands among the handles where a recipe's digest is taken."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,22 @@ class Planned:
     high: float | None
     rival_of: str | None = None
     """Label of the baseline that a rival is compared with."""
+    kv_cache: str = "none"
+    """Format of the key-value cache."""
 
     @property
     def digest(self) -> str:
         """What identifies the recipe, whatever it is called."""
-        return recipe_digest(self.recipe)
+        cache = {} if self.kv_cache == "none" else {CACHE: self.kv_cache}
+        return recipe_digest({**self.recipe, **cache})
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole recipe to measure: of the groups that it quantizes, and of the key-value cache."""
+
+    recipe: dict[str, str]
+    kv_cache: str = "none"
 
 
 @dataclass(frozen=True)
@@ -105,8 +121,12 @@ def _recipes(manifest: Manifest, options: Verify) -> Iterator[Planned]:
             low=damage.low,
             high=damage.high,
             rival_of=rival_of,
+            kv_cache=manifest.scheme.kv_cache,
         )
 
+    if manifest.scheme.kv_cache != "none":
+        label = f"key-value cache in {manifest.scheme.kv_cache} alone"
+        yield planned("cache", label, dict.fromkeys(menu.handles, NONE))
     chosen = {
         handle: plain_name(group.selected) for handle, group in manifest.layer_sensitivity.items()
     }

@@ -20,8 +20,9 @@ from layersense.models.checkpoints import Checkpoint
 from layersense.models.tasks import get_task
 from layersense.models.tasks.protocol import Batch, Loaded, Sampling, Task
 from layersense.quantization.formats import Format
+from layersense.quantization.kv_cache import KV_CACHES, QUANTIZERS
 from layersense.quantization.modelopt_formats import modelopt_attributes
-from layersense.recipes.quant_config import Part, QuantConfig, make_parts
+from layersense.recipes.quant_config import Cache, Part, QuantConfig, make_parts
 
 Quantizers = dict[str, nn.Module]
 """Attribute of a module, such as ``weight_quantizer``, → quantizer."""
@@ -67,22 +68,44 @@ def apply_config(model: nn.Module, config: QuantConfig, calibration: Calibration
             model = mtq.quantize(
                 model, modelopt_part(part), calibration.loop(part.calibration_share)
             )
-        if config.parts:
+        if config.kv_cache is not None:
+            model = mtq.quantize(model, pythonic(config.kv_cache.config), calibration.loop(1.0))
+            _check_cached(model, config.kv_cache)
+        if config.enable:
             set_quantizer_by_cfg(model, list(config.enable))
     return model
 
 
+def _check_cached(model: nn.Module, cache: Cache) -> None:
+    """Check that all attention modules have quantizers for keys and values.
+
+    Raises:
+        LayersenseError: ModelOpt gave one none.
+    """
+    for name in cache.modules:
+        if not set(QUANTIZERS) <= set(_quantizers(model.get_submodule(name))):
+            raise LayersenseError(
+                f"{name}: ModelOpt cannot quantize keys and values of "
+                f"{type(model.get_submodule(name)).__name__}; leave kv_cache of the scheme out"
+            )
+
+
 def modelopt_part(part: Part) -> dict[str, Any]:
-    """Return a part's config in Python's terms: axes as integers, (E, M) pairs as tuples."""
+    """Return a part's config in Python's terms."""
+    return pythonic(part.config)
+
+
+def pythonic(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config of `mtq.quantize` in Python's terms: axes as integers, pairs as tuples."""
     entries = []
-    for entry in part.config["quant_cfg"]:
+    for entry in config["quant_cfg"]:
         cfg = entry.get("cfg")
         if isinstance(cfg, list):
             entry = {**entry, "cfg": [modelopt_attributes(stage) for stage in cfg]}
         elif cfg is not None:
             entry = {**entry, "cfg": modelopt_attributes(cfg)}
         entries.append(entry)
-    return {"quant_cfg": entries, "algorithm": part.config["algorithm"]}
+    return {"quant_cfg": entries, "algorithm": config["algorithm"]}
 
 
 def enabled_quantizers(model: nn.Module) -> dict[str, dict[str, dict[str, Any]]]:
@@ -130,6 +153,18 @@ def check_applied(model: nn.Module, config: QuantConfig) -> None:
                         f"{name}: the model's {kind} quantizers are {own or 'off'}, which is not "
                         f"{part.format}; this is a defect of layersense or ModelOpt"
                     )
+    if config.kv_cache is not None:
+        expected = modelopt_attributes(KV_CACHES[config.kv_cache.format])["num_bits"]
+        for name in config.kv_cache.modules:
+            there = found.pop(name, {})
+            if {key: entry["num_bits"] for key, entry in there.items()} != dict.fromkeys(
+                QUANTIZERS, expected
+            ):
+                raise LayersenseError(
+                    f"{name}: the model's quantizers of keys and values are {there or 'off'}, "
+                    f"which is not {config.kv_cache.format}; this is a defect of layersense or "
+                    "ModelOpt"
+                )
     if found:
         raise LayersenseError(
             f"{next(iter(found))}: is quantized, and the recipe leaves it alone ({len(found)} such "
@@ -149,11 +184,14 @@ class Switchboard:
         model: the model, all of it unquantized until something is switched.
         modules: handle → names of the group's modules.
         choices: format → module → quantizers.
+        caches: format of the key-value cache → attention module → quantizers.
     """
 
     model: nn.Module
     modules: Mapping[str, list[str]]
     choices: dict[str, dict[str, Quantizers]] = field(default_factory=dict)
+    caches: dict[str, dict[str, Quantizers]] = field(default_factory=dict)
+    _cache: str = "none"
     _off: dict[str, Quantizers] = field(default_factory=dict)
     _on: dict[str, str] = field(default_factory=dict)
 
@@ -196,8 +234,42 @@ class Switchboard:
         for name in part.modules:
             self._install(name, self._off[name])
 
-    def switch(self, recipe: Mapping[str, str]) -> None:
-        """Quantize as ``recipe`` says; groups that it does not name stay unquantized."""
+    def calibrate_cache(self, cache: Cache, calibration: Calibration) -> None:
+        """Calibrate a format of the key-value cache and keep it, switched off.
+
+        Raises:
+            LayersenseError: ModelOpt cannot quantize the cache of this model.
+        """
+        self.clear()
+        _check_cached(self.model, cache)
+        for name in cache.modules:
+            module = self._module(name)
+            self._off.setdefault(name, {key: _quantizers(module)[key] for key in QUANTIZERS})
+            self._install(name, {key: TensorQuantizer() for key in QUANTIZERS})
+        config = pythonic(cache.config)
+        with quiet():
+            set_quantizer_by_cfg(self.model, config["quant_cfg"])
+            mtq.calibrate(self.model, config["algorithm"], calibration.loop(1.0))
+        self.caches[cache.format] = {
+            name: {key: _quantizers(self._module(name))[key] for key in QUANTIZERS}
+            for name in cache.modules
+        }
+        for name in cache.modules:
+            self._install(name, self._off[name])
+
+    def switch(self, recipe: Mapping[str, str], kv_cache: str = "none") -> None:
+        """Quantize as ``recipe`` says; groups that it does not name stay unquantized.
+
+        Args:
+            recipe: handle → format.
+            kv_cache: format of the key-value cache.
+        """
+        if kv_cache != self._cache:
+            for name in self.caches.get(self._cache, {}):
+                self._install(name, self._off[name])
+            for name, quantizers in self.caches.get(kv_cache, {}).items():
+                self._install(name, quantizers)
+            self._cache = kv_cache
         wanted = {handle: name for handle, name in recipe.items() if name in self.choices}
         for handle in [handle for handle, name in self._on.items() if wanted.get(handle) != name]:
             for name in self.modules[handle]:

@@ -43,6 +43,8 @@ class MeasuredRecipe(msgspec.Struct, kw_only=True):
     recipe: dict[str, str]
     """Handle → format, of the groups that it quantizes."""
     damage: Damage
+    kv_cache: str = "none"
+    """Format of the key-value cache."""
 
 
 class Before(msgspec.Struct, kw_only=True):

@@ -26,7 +26,7 @@ from layersense.verification.analysis import (
     difference_interval,
     mean_with_interval,
 )
-from layersense.verification.plan import Planned, make_plan
+from layersense.verification.plan import CACHE, Planned, make_plan
 from layersense.verification.store import (
     VERIFICATION_TABLE_VERSION,
     Damage,
@@ -50,7 +50,8 @@ UNITS = {
     "perplexity": "exp(loss); null for tasks without tokens",
     "top1_agreement": "share of positions with the same first choice as before, 0 to 1",
     "top1_accuracy": "share of positions whose first choice is the label, 0 to 1",
-    "sum_of_singles": "sum of the measured kl of the recipe's groups alone; null if one is missing",
+    "sum_of_singles": "sum of the measured kl of the recipe's groups alone, and of its key-value "
+    "cache; null if one is missing",
 }
 
 _NAME = pa.dictionary(pa.int32(), pa.string())
@@ -190,6 +191,8 @@ def verification_table(
         )
         rows.append(row)
         measured[planned.scheme, planned.label] = (planned, entry.damage, row["kl"])
+        if planned.role == "cache" and row["kl"] is not None:
+            alone[planned.kv_cache, CACHE] = row["kl"]
     correlations = list(_correlations(pairs))
     duels = [
         duel
@@ -255,6 +258,8 @@ def _index(group: LayerSensitivity, format: str) -> int:
 def _sum_of_singles(planned: Planned, alone: Mapping[tuple[str, str], float]) -> float | None:
     """Return the sum of what a recipe's groups did alone; None if one was not measured."""
     parts = [(name, handle) for handle, name in planned.recipe.items() if name != NONE]
+    if planned.kv_cache != "none":
+        parts.append((planned.kv_cache, CACHE))
     if any(part not in alone for part in parts):
         return None
     return math.fsum(alone[part] for part in parts)
