@@ -20,8 +20,10 @@ $(VENV)/.installed: envs/snakemake.txt envs/report.txt envs/cpu.txt pyproject.to
 	$(PIP) --no-deps --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed envs/dev.txt
+# ultralytics (AGPL-3.0) is there for the tests alone.
+$(VENV)/.installed-dev: $(VENV)/.installed envs/dev.txt envs/yolo.txt
 	$(PIP) -r envs/dev.txt
+	$(PIP) --no-deps -r envs/yolo.txt
 	touch $@
 
 install: $(VENV)/.installed

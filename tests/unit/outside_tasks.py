@@ -76,6 +76,73 @@ class FrozenFeatures(SemanticSegmentation):
         return [model.decode_head([_start(feature) for feature in features])]
 
 
+class YoloClasses(ObjectDetection):
+    """Says which classes are there, and nothing of where."""
+
+    name = "outside_tasks:YoloClasses"
+
+    def forward(self, model: Any, batch: Batch) -> Any:
+        return model(batch.inputs["pixel_values"])[1]["one2many"]["scores"]
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        return output.float().logsumexp(dim=1).sum()
+
+
+class YoloFeatures(YoloClasses):
+    """Stops before the head."""
+
+    name = "outside_tasks:YoloFeatures"
+
+    def forward(self, model: Any, batch: Batch) -> Any:
+        seen: list[Any] = []
+        head = model.model[-1]
+        model.model[-1] = _Keeps(seen, head)
+        try:
+            model(batch.inputs["pixel_values"])
+        finally:
+            model.model[-1] = head
+        return seen
+
+    def loss(self, output: Any, batch: Batch) -> Tensor:
+        return torch.stack([level.float().square().sum() for level in output]).sum()
+
+
+class _Keeps(nn.Module):
+    def __init__(self, seen: list[Any], instead_of: Any) -> None:
+        super().__init__()
+        self.seen, self.f, self.i = seen, instead_of.f, instead_of.i
+
+    def forward(self, levels: list[Tensor]) -> None:
+        self.seen.extend(levels)
+
+
+class YoloFrozenBackbone(ObjectDetection):
+    """No gradient comes back into the backbone."""
+
+    name = "outside_tasks:YoloFrozenBackbone"
+    part = "backbone"
+
+    def forward(self, model: Any, batch: Batch) -> Any:
+        first = 0 if self.part == "backbone" else len(model.yaml["backbone"])
+        last = len(model.yaml["backbone"]) if self.part == "backbone" else -1
+        hooks = [
+            layer.register_forward_hook(lambda module, inputs, output: _start(output))
+            for layer in model.model[first:last]
+        ]
+        try:
+            return super().forward(model, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class YoloFrozenNeck(YoloFrozenBackbone):
+    """None into the neck, and so none into the backbone either."""
+
+    name = "outside_tasks:YoloFrozenNeck"
+    part = "neck"
+
+
 class Incomplete:
     """No task: it can do nothing."""
 

@@ -54,6 +54,18 @@ def test_pins_are_what_is_installed(repository: Path, name: str) -> None:
         assert importlib.metadata.version(package) == version, package
 
 
+def test_yolo_is_optional_and_changes_no_other_pin(repository: Path) -> None:
+    pins = requirements(repository / "envs", "yolo")
+    for name in ("report", "cpu", "cuda", "snakemake", "dev"):
+        assert not set(pins) & set(requirements(repository / "envs", name)), name
+    for package, version in pins.items():
+        try:
+            installed = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"{package} is not installed; run `pip install --no-deps -r envs/yolo.txt`")
+        assert installed == version, package
+
+
 def test_every_rule_names_an_environment_that_exists(repository: Path) -> None:
     for rules in (repository / "workflow" / "rules").glob("*.smk"):
         text = rules.read_text()

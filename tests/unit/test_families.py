@@ -21,6 +21,7 @@ from tiny_models import resolve_folder  # noqa: E402
 from layersense.calibration.database import Object, Row, open_database  # noqa: E402
 from layersense.errors import LayersenseError  # noqa: E402
 from layersense.models.tasks import get_task  # noqa: E402
+from layersense.models.tasks.images import photograph, to_tensor  # noqa: E402
 from layersense.models.tasks.protocol import Batch, Loaded, Sampling  # noqa: E402
 
 MODALITIES = {
@@ -37,12 +38,15 @@ FAMILIES: dict[str, tuple[str, set[str]]] = {
     "yolos": ("object-detection", {"backbone", "head"}),
     "rt_detr": ("object-detection", {"backbone", "neck", "encoder", "decoder", "head"}),
     "ssdlite": ("object-detection", {"backbone", "head"}),
+    "yolo26": ("object-detection", {"backbone", "neck", "head"}),
     "resnet": ("image-classification", {"backbone", "head"}),
     "vit": ("image-classification", {"backbone", "head"}),
     "convnext": ("image-classification", {"backbone", "head"}),
     "torchvision_resnet": ("image-classification", {"backbone", "head"}),
     "segformer": ("semantic-segmentation", {"backbone", "head"}),
     "lraspp": ("semantic-segmentation", {"backbone", "head"}),
+    "deeplab": ("semantic-segmentation", {"backbone", "head"}),
+    "smollm2": ("causal-lm", {"language", "head"}),
     "gpt2": ("causal-lm", {"language", "head"}),
     "qwen2": ("causal-lm", {"language", "head"}),
     "qwen3": ("causal-lm", {"language", "head"}),
@@ -131,7 +135,7 @@ def test_every_layer_is_scored_or_listed_with_a_reason(
 
 
 def test_heads_are_told_apart(studied: Any) -> None:
-    for name in ("yolos", "rt_detr", "ssdlite"):
+    for name in ("yolos", "rt_detr", "ssdlite", "yolo26"):
         heads = {
             group.kind
             for group in studied(name).scores.groups.values()
@@ -149,7 +153,7 @@ def losses(task: Any, loaded: Loaded, batches: Any) -> Iterator[float]:
         yield task.loss(task.forward(loaded.model, batch), batch).item()
 
 
-@pytest.mark.parametrize("name", [*BY_ROW, "retinanet", "d_fine"])
+@pytest.mark.parametrize("name", [*BY_ROW, "retinanet", "fcos", "d_fine", "yolo"])
 def test_the_loss_is_a_sum_over_samples_and_moves_no_statistics(
     checkpoint: Any, shared: Path, name: str
 ) -> None:
@@ -197,10 +201,35 @@ def test_one_photographs_loss_is_the_detectors_own(
             assert ours == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["retinanet", "ssdlite"])
-def test_one_photographs_loss_is_torchvisions_own(checkpoint: Any, shared: Path, name: str) -> None:
-    from layersense.models.tasks.images import photograph, to_tensor
+@pytest.mark.parametrize("name", ["yolo", "yolo26"])
+def test_one_photographs_loss_is_ultralytics_own(checkpoint: Any, shared: Path, name: str) -> None:
+    task, loaded = get_task("object-detection"), load(checkpoint(name), "object-detection")
+    model: Any = loaded.model
+    for row in sample_rows(shared, "object-detection", 3):
+        (batch,) = task.batches(loaded, [row], sampling("object-detection"), 1)
+        (ours,) = losses(task, loaded, [batch])
+        pixels = batch.inputs["pixel_values"]
+        height, width = pixels.shape[-2:]
+        # The longer edge becomes 160 pixels; both are filled up to multiples of the stride.
+        image = photograph(row)
+        edges = [round(edge * 160 / max(image.size)) for edge in image.size]
+        assert [width, height] == [-(-edge // 32) * 32 for edge in edges]
+        scale = torch.tensor([edges[0] / image.width, edges[1] / image.height] * 2)
+        shown = [item for item in row.objects if not item.is_crowd]
+        scaled = torch.tensor([item.bbox for item in shown]).reshape(-1, 4) * scale
+        middles = torch.cat([scaled[:, :2] + scaled[:, 2:] / 2, scaled[:, 2:]], dim=1)
+        classes = [families.CATEGORIES.index(item.category) for item in shown]
+        own = {
+            "img": pixels,
+            "batch_idx": torch.zeros(len(shown)),
+            "cls": torch.tensor(classes, dtype=torch.float32),
+            "bboxes": middles / torch.tensor([width, height, width, height]),
+        }
+        assert ours == pytest.approx(model.loss(own)[0].sum().item(), rel=1e-4)
 
+
+@pytest.mark.parametrize("name", ["retinanet", "ssdlite", "fcos"])
+def test_one_photographs_loss_is_torchvisions_own(checkpoint: Any, shared: Path, name: str) -> None:
     task, loaded = get_task("object-detection"), load(checkpoint(name), "object-detection")
     model: Any = loaded.model
     rows = sample_rows(shared, "object-detection", 2)
@@ -335,6 +364,62 @@ def test_a_subsystem_that_the_loss_misses_is_told(
     assert {result.silent[layer] for layer in groups} == {reached}
     rest = set(result.subsystems) - {subsystem, "head"}
     assert all(result.subsystems[other] > 0 for other in rest)
+
+
+@pytest.mark.parametrize(
+    ("task", "missed"),
+    [
+        ("YoloFrozenBackbone", {"backbone": "no_gradient"}),
+        ("YoloFrozenNeck", {"backbone": "no_gradient", "neck": "no_gradient"}),
+        ("YoloFeatures", {"head": "not_called"}),
+    ],
+)
+def test_a_part_of_yolo_that_the_loss_misses_is_told(
+    shared: Path, checkpoint: Any, task: str, missed: dict[str, str]
+) -> None:
+    result = study(shared, checkpoint("yolo26"), f"outside_tasks:{task}", modality="image_boxes")
+    assert {part for part, score in result.subsystems.items() if score == 0} == set(missed)
+    found = {
+        finding.what.split(" of the ")[1].split()[0]: {
+            result.silent[name] for name in finding.layers
+        }
+        for finding in result.findings("subsystem-at-zero")
+    }
+    assert found == {part: {reached} for part, reached in missed.items()}
+
+
+def test_yolos_constant_convolution_is_told(shared: Path, checkpoint: Any) -> None:
+    result = study(shared, checkpoint("yolo"), "object-detection")
+    assert {part for part, score in result.subsystems.items() if score > 0} == {
+        "backbone", "neck", "head"
+    }  # fmt: skip
+    # It turns bins into a distance, only when boxes are decoded; its weights are 0, 1, 2, …
+    assert result.silent == {"model.22.dfl.conv": "no_gradient"}
+    (finding,) = result.findings("unreached-groups")
+    assert finding.layers == ["model.22.dfl.conv"]
+
+
+def test_both_engines_agree_on_yolo(shared: Path, checkpoint: Any) -> None:
+    fused = study(shared, checkpoint("yolo"), "object-detection")
+    stock = study(shared, checkpoint("yolo"), "object-detection", engine="modelopt")
+    for handle, group in fused.manifest.layer_sensitivity.items():
+        other = stock.manifest.layer_sensitivity[handle]
+        assert other.scores[0] == pytest.approx(group.scores[0], rel=1e-3), handle
+
+
+def test_a_class_loss_alone_leaves_yolos_box_head_at_zero(shared: Path, checkpoint: Any) -> None:
+    result = study(
+        shared, checkpoint("yolo26"), "outside_tasks:YoloClasses", modality="image_boxes"
+    )
+    boxes = {
+        handle.removesuffix(".quant_recipe")
+        for handle, group in result.scores.groups.items()
+        if group.kind == "box_head" or "one2one" in handle
+    }
+    assert set(result.silent) == boxes
+    (finding,) = result.findings("unreached-groups")
+    assert set(finding.layers) == boxes
+    assert all(score > 0 for score in result.subsystems.values())
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen3_vl"])

@@ -15,7 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from layersense.config import CheckpointModel, DemoModel
 from layersense.errors import LayersenseError
-from layersense.models.checkpoints import guess_task, read_checkpoint, resolve, write_checkpoint
+from layersense.models.checkpoints import (
+    as_pickle,
+    guess_task,
+    read_checkpoint,
+    resolve,
+    write_checkpoint,
+)
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -271,3 +277,15 @@ def test_resolving_imports_no_torch(folder: Path) -> None:
         "sys.exit(str(bad) if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_pickle_of_ultralytics_needs_consent(tmp_path: Path) -> None:
+    pickled = tmp_path / "yolo11n.pt"
+    keys = {"checkpoint": str(pickled), "task": "object-detection"}
+    with pytest.raises(LayersenseError, match="there is no file"):
+        as_pickle("m", CheckpointModel(**keys, trust_remote_code=True))
+    pickled.write_bytes(b"anything")
+    with pytest.raises(LayersenseError, match=r"pickle, which can run code .* `trust_remote_code"):
+        as_pickle("m", CheckpointModel(**keys))
+    assert as_pickle("m", CheckpointModel(**keys, trust_remote_code=True)) == pickled
+    assert as_pickle("m", llama(checkpoint=str(tmp_path))) is None

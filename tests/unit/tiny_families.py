@@ -1,8 +1,10 @@
 """A tiny model of each family, of random weights, saved like a real checkpoint."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from tiny_models import CAPTIONS
@@ -161,6 +163,61 @@ def ssdlite(folder: Path) -> Path:
     return save_checkpoint(name, enliven(model), folder, categories=names, num_classes=81)
 
 
+def fcos(folder: Path) -> Path:
+    arguments = {"num_classes": 81, "min_size": 64, "max_size": 96}
+    model = get_model("fcos_resnet50_fpn", weights=None, weights_backbone=None, **arguments)
+    names = ["__background__", *CATEGORIES]
+    return save_checkpoint(
+        "fcos_resnet50_fpn", enliven(model), folder, categories=names, **arguments
+    )
+
+
+def _yolo(description: str) -> Any:
+    """A YOLO with one sixteenth of the smallest one's width; ultralytics is optional."""
+    if find_spec("ultralytics") is None:
+        pytest.skip("YOLO needs ultralytics: pip install --no-deps -r envs/yolo.txt")
+    from layersense.models.yolo import import_ultralytics
+
+    import_ultralytics()
+    from ultralytics.nn.tasks import DetectionModel, yaml_model_load
+
+    network = yaml_model_load(description)
+    network |= {"scales": {"n": [0.33, 0.0625, 256]}, "scale": "n"}
+    model = DetectionModel(network, verbose=False)
+    model.names = dict(enumerate(CATEGORIES))
+    enliven(model)
+    # Boxes of a size at which some overlap with the targets, at every level.
+    for name, heads in model.model[-1].named_children():
+        if name.endswith("cv2"):
+            for branch in heads:
+                torch.nn.init.normal_(branch[-1].weight, std=0.01)
+    model.model[-1].bias_init()
+    return model
+
+
+def yolo(folder: Path, description: str = "yolov8.yaml") -> Path:
+    from layersense.models.yolo import save_checkpoint as save_yolo
+
+    return save_yolo(_yolo(description), folder, size=160)
+
+
+def yolo_pickle(folder: Path) -> Path:
+    """What training with ultralytics writes."""
+    model = _yolo("yolo26.yaml")
+    folder.mkdir(parents=True)
+    arguments = {"imgsz": 160}
+    torch.save({"model": model.half(), "ema": None, "train_args": arguments}, folder / "best.pt")
+    return folder / "best.pt"
+
+
+def yolo11(folder: Path) -> Path:
+    return yolo(folder, "yolo11.yaml")
+
+
+def yolo26(folder: Path) -> Path:
+    return yolo(folder, "yolo26.yaml")
+
+
 # Classifiers
 
 
@@ -213,6 +270,13 @@ def lraspp(folder: Path) -> Path:
     return save_checkpoint(name, enliven(model), folder, categories=names, size=96, num_classes=81)
 
 
+def deeplab(folder: Path) -> Path:
+    name = "deeplabv3_mobilenet_v3_large"
+    model = get_model(name, weights=None, weights_backbone=None, num_classes=81)
+    names = ["__background__", *CATEGORIES]
+    return save_checkpoint(name, enliven(model), folder, categories=names, size=96, num_classes=81)
+
+
 def seeded(make: Any, folder: Path, **arguments: Any) -> Path:
     """Make a checkpoint whose weights are the same every time."""
     torch.manual_seed(0)
@@ -246,6 +310,13 @@ def _decoder(words: Any) -> dict[str, Any]:
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "max_position_embeddings": 512, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
     }  # fmt: skip
+
+
+def smollm2(folder: Path) -> Path:
+    """SmolLM2 is a Llama whose output layer is its embedding."""
+    words = tokenizer()
+    config = hf.LlamaConfig(**_decoder(words), tie_word_embeddings=True)
+    return save(folder, hf.LlamaForCausalLM(config), words)
 
 
 def qwen2(folder: Path) -> Path:

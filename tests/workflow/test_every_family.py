@@ -1,6 +1,7 @@
 """One config with a model of every family, from Snakemake to one summary, without a GPU."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ FAMILIES = {
     "moe": ("qwen3_moe", "causal-lm", {"language", "head"}),
     "t5": ("t5", "seq2seq-lm", {"encoder", "decoder", "head"}),
     "detector": ("yolos", "object-detection", {"backbone", "head"}),
-    "torchvision": ("ssdlite", "object-detection", {"backbone", "head"}),
+    "yolo": ("yolo_pickle", "object-detection", {"backbone", "neck", "head"}),
     "classifier": ("resnet", "image-classification", {"backbone", "head"}),
     "segmenter": ("segformer", "semantic-segmentation", {"backbone", "head"}),
 }
 """Name → builder, task, subsystems."""
+if find_spec("ultralytics") is None:
+    del FAMILIES["yolo"]
 
 
 def config() -> dict[str, Any]:
@@ -36,12 +39,15 @@ def config() -> dict[str, Any]:
         "batch_size": 2,
         "max_length": 256,
     }
+    models: dict[str, dict[str, Any]] = {
+        name: {"checkpoint": f"./checkpoints/{name}", "task": task}
+        for name, (_, task, _) in FAMILIES.items()
+    }
+    if "yolo" in models:
+        models["yolo"] |= {"checkpoint": "./checkpoints/yolo/best.pt", "trust_remote_code": True}
     return {
         "datasets": {"sample": {"source": "sample", "calibration": 24, "heldout": 4}},
-        "models": {
-            name: {"checkpoint": f"./checkpoints/{name}", "task": task}
-            for name, (_, task, _) in FAMILIES.items()
-        },
+        "models": models,
         "schemes": {
             "fp8_int4": {
                 "quant_formats": ["FP8_ALL_LAYERS_CFG", "W4A8_INT4_FP8"],
@@ -64,6 +70,13 @@ def project(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Proje
     project.config_file.write_text(yaml.safe_dump(config()))
     project.run()
     return project
+
+
+def test_yolo_is_among_them(project: Project) -> None:
+    if "yolo" not in FAMILIES:
+        pytest.skip("YOLO needs ultralytics: pip install --no-deps -r envs/yolo.txt")
+    report = project.results / "yolo.sample/fp8_int4/layer-sensitivity-report.md"
+    assert "ran Python code that came with the checkpoint" in report.read_text()
 
 
 def test_every_subsystem_is_non_zero(project: Project) -> None:

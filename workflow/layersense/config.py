@@ -164,7 +164,8 @@ class CheckpointModel(Section):
     source: Literal["checkpoint"] = "checkpoint"
     """`checkpoint`: may be left out."""
     checkpoint: str = Field(min_length=1)
-    """Hub id such as `Qwen/Qwen2.5-VL-3B-Instruct`, or a directory (`./…`, `/…` or `~/…`)."""
+    """Hub id such as `Qwen/Qwen2.5-VL-3B-Instruct`, a directory (`./…`, `/…` or `~/…`), or a
+    detector of ultralytics as a local file, `./yolo11n.pt` (docs/tasks.md)."""
     task: Task
     """What the model does; it decides the loss and what a batch holds: `causal-lm`,
     `image-text-to-text`, `seq2seq-lm`, `image-classification`, `object-detection`,
@@ -172,8 +173,8 @@ class CheckpointModel(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id; resolved to a commit when it is fetched."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint. Needs `revision` for a hub id, and is named
-    in every report."""
+    """Run Python code that comes with the checkpoint, such as what is in the pickle of a `.pt`
+    file. Needs `revision` for a hub id, and is named in every report."""
 
 
 def _model_source(value: Any) -> str | None:

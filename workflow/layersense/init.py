@@ -13,7 +13,7 @@ import yaml
 from layersense.config_docs import SCHEMA
 from layersense.errors import LayersenseError
 from layersense.files import atomic_write
-from layersense.models.checkpoints import guess_task, read_config
+from layersense.models.checkpoints import guess_task, is_pickle, read_config
 from layersense.validation import is_directory, load_config, read_config_file
 
 DEFAULT_OUT = Path("config/my-model.yaml")
@@ -109,6 +109,11 @@ def write_config(
 
 def _checkpoint_config(checkpoint: str) -> tuple[dict[str, Any], bool]:
     """Return a checkpoint's ``config.json``, and whether the checkpoint is a directory."""
+    if is_pickle(checkpoint):
+        raise LayersenseError(
+            f"{checkpoint}: is a pickle, which can run code when it is loaded, so its config is "
+            "yours to write: copy config/examples/yolo-coco.yaml"
+        )
     if is_directory(checkpoint):
         folder, directory = Path(checkpoint).expanduser(), True
     else:

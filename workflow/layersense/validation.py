@@ -16,6 +16,7 @@ from layersense.calibration.archives import is_file, is_folder
 from layersense.calibration.build import coco_files
 from layersense.config import COCO_SPLITS, TASK_METHODS, TASK_MODALITIES, Config, OwnFormat
 from layersense.errors import LayersenseError
+from layersense.models.checkpoints import is_pickle
 from layersense.models.outside import find_module, is_outside
 from layersense.paths import RESERVED_RUNS, RESERVED_SCHEMES
 from layersense.quantization.formats import (
@@ -506,6 +507,12 @@ class _Checker:
             return
         path = ("models", name)
         revision = model.get("revision", "wrong")
+        if is_pickle(checkpoint) and not model.get("trust_remote_code"):
+            self.add(
+                (*path, "trust_remote_code"),
+                f"expected `true` if you trust where {checkpoint} comes from, because it is a "
+                "pickle, which can run code when it is loaded, found nothing",
+            )
         if is_directory(checkpoint):
             if revision is not None and revision != "wrong":
                 self.add(
@@ -683,7 +690,8 @@ class _Checker:
                     task,
                 )
             if name in used["models"] and isinstance(checkpoint, str) and is_directory(checkpoint):
-                self._check_file(("models", name, "checkpoint"), checkpoint, folder=True)
+                folder = not is_pickle(checkpoint)
+                self._check_file(("models", name, "checkpoint"), checkpoint, folder=folder)
         for name, manifest in self.items("manifests"):
             self._check_file(("manifests", name, "file"), manifest.get("file"))
         for name, dataset in self.items("datasets"):
@@ -751,8 +759,10 @@ class _Checker:
 
 
 def is_directory(checkpoint: str) -> bool:
-    """Return whether a model's ``checkpoint`` means a directory rather than a hub id."""
-    return checkpoint.startswith((".", "/", "~")) or Path(checkpoint).is_dir()
+    """Return whether a model's ``checkpoint`` means a path on this machine, not a hub id."""
+    return (
+        checkpoint.startswith((".", "/", "~")) or is_pickle(checkpoint) or Path(checkpoint).is_dir()
+    )
 
 
 # --- words ---------------------------------------------------------------------------------------

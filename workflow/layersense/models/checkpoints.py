@@ -56,23 +56,23 @@ class Checkpoint(msgspec.Struct, kw_only=True, frozen=True):
     """Bytes of the safetensors files."""
 
 
-def resolve(name: str, model: Model, demo_checkpoint: Path | None = None) -> Checkpoint:
+def resolve(name: str, model: Model, built: Path | None = None) -> Checkpoint:
     """Fetch a model if it is on the hub, and inspect it.
 
     Args:
         name: the model's name in the config, for error messages.
         model: its entry in the config.
-        demo_checkpoint: where the demo model was built; needed for that alone.
+        built: where the demo model, or the checkpoint made of a pickled one, was written.
 
     Raises:
         LayersenseError: it cannot be found, fetched or used.
     """
     if isinstance(model, DemoModel):
-        if demo_checkpoint is None:
+        if built is None:
             raise ValueError("the demo model is resolved from where it was built")
-        return inspect(
-            demo_checkpoint, id="demo", revision=None, model=model, trained_on_calibration=True
-        )
+        return inspect(built, id="demo", revision=None, model=model, trained_on_calibration=True)
+    if built is not None:
+        return inspect(built, id=model.checkpoint, revision=None, model=model)
     if folder := _as_directory(model.checkpoint):
         if model.revision is not None:
             raise LayersenseError(
@@ -183,7 +183,7 @@ def guess_task(config: dict[str, Any]) -> str:
         LayersenseError: no task fits.
     """
     architecture = str((config.get("architectures") or ["?"])[0])
-    if task := torchvision_task(config, architecture):
+    if task := library_task(config, architecture):
         return task
     for task, endings in ENDINGS.items():
         if architecture.endswith(endings):
@@ -201,8 +201,10 @@ def guess_task(config: dict[str, Any]) -> str:
     )
 
 
-def torchvision_task(config: dict[str, Any], architecture: str) -> str | None:
-    """Return the task of a model of torchvision, by its builder; None for any other model."""
+def library_task(config: dict[str, Any], architecture: str) -> str | None:
+    """Return the task of a model of ultralytics, or of torchvision by its builder; else None."""
+    if config.get("library_name") == "ultralytics":
+        return "object-detection"
     if config.get("library_name") != "torchvision":
         return None
     if architecture.startswith(("retinanet", "fcos", "ssd", "fasterrcnn", "maskrcnn")):
@@ -232,6 +234,33 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write ``results/models/{model}/model.json`` atomically."""
     atomic_write(path, msgspec.json.format(msgspec.json.encode(checkpoint), indent=1) + b"\n")
+
+
+def is_pickle(checkpoint: str) -> bool:
+    """Return whether a model's ``checkpoint`` is a pickled file of ultralytics."""
+    return checkpoint.endswith(".pt") and not Path(checkpoint).expanduser().is_dir()
+
+
+def as_pickle(name: str, model: Model) -> Path | None:
+    """Return the pickled checkpoint of ultralytics that a model names, or None if it names none.
+
+    Raises:
+        LayersenseError: it is missing, or what is in it may not run.
+    """
+    if isinstance(model, DemoModel) or not is_pickle(model.checkpoint):
+        return None
+    path = Path(model.checkpoint).expanduser()
+    if not path.is_file():
+        raise LayersenseError(
+            f"models.{name}.checkpoint: there is no file {path}; correct it, as checkpoints of "
+            "ultralytics are not downloaded"
+        )
+    if not model.trust_remote_code:
+        raise LayersenseError(
+            f"models.{name}.checkpoint: {path} is a pickle, which can run code when it is loaded; "
+            "if you trust where it comes from, set `trust_remote_code: true` of the model"
+        )
+    return path
 
 
 def _as_directory(checkpoint: str) -> Path | None:
@@ -344,12 +373,12 @@ def _check_task(folder: Path, config: dict[str, Any], architecture: str, task: s
     if task not in ENDINGS:
         return
     endings = ENDINGS[task]
-    found = torchvision_task(config, architecture)
+    found = library_task(config, architecture)
     if found != task if found else not architecture.endswith(endings):
         raise LayersenseError(
             f"{folder}: {architecture} is no model for `task: {task}` (…{endings[0]}, or one of "
-            f"torchvision); correct `task`{f' to {found}' if found else ''}, or give another "
-            "checkpoint"
+            "torchvision or ultralytics); correct `task`"
+            f"{f' to {found}' if found else ''}, or give another checkpoint"
         )
 
 

@@ -3,12 +3,15 @@
 import logging
 import sys
 from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from layersense.errors import LayersenseError
+from layersense.files import write_json
 from layersense.models.checkpoints import Checkpoint
 from layersense.models.devices import connect, free_memory, plan_devices, wanted_gpus
 from layersense.models.experts import watch_experts
@@ -87,6 +90,67 @@ def skeleton(auto_class: Any, checkpoint: Checkpoint) -> nn.Module:
 def _shares(plan: dict[str, int]) -> str:
     """Return how many parts of a plan each GPU has."""
     return ", ".join(f"{gpu}: {count}" for gpu, count in sorted(Counter(plan.values()).items()))
+
+
+def load_weights(
+    model: nn.Module, checkpoint: Checkpoint, *, fix: str, dtype: str, device: torch.device | str
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """Fill a model that its library has built; return it in eval mode, and warnings.
+
+    Activations that overwrite their inputs are told not to: the output of the layer before is what
+    sensitivity is measured at.
+
+    Args:
+        model: the model with any weights.
+        checkpoint: a directory with ``model.safetensors``, see :func:`write_weights`.
+        fix: what to do if the weights do not fit.
+        dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16`` or ``float32``.
+        device: where the weights go.
+
+    Raises:
+        LayersenseError: the weights do not fit, some are missing, or one is not finite; the run
+            wants several GPUs.
+    """
+    from safetensors.torch import load_file
+
+    if wanted_gpus() > 1:
+        raise LayersenseError(
+            f"{checkpoint.path}: models of torchvision and ultralytics do not say which layers "
+            "must stay on one GPU; set `gpus: 1` in the run"
+        )
+    name = checkpoint.architecture
+    try:
+        keys = model.load_state_dict(
+            load_file(Path(checkpoint.path) / "model.safetensors"), strict=False
+        )
+    except RuntimeError as error:
+        raise LayersenseError(
+            f"{checkpoint.path}: the weights do not fit {name} ({first_line(error)}); {fix}"
+        ) from error
+    refuse_missing(checkpoint, name, sorted(keys.missing_keys))
+    warnings = warn_unexpected(checkpoint, name, sorted(keys.unexpected_keys))
+    wanted = checkpoint.dtype if dtype == "auto" else dtype
+    model = model.to(device=device, dtype=getattr(torch, wanted)).eval()
+    check_finite(checkpoint, model)
+    for module in model.modules():
+        if getattr(module, "inplace", False):
+            setattr(module, "inplace", False)  # noqa: B010 (torch types attributes as modules)
+    return model, warnings
+
+
+def write_weights(model: nn.Module, folder: str | Path, config: Mapping[str, Any]) -> Path:
+    """Write a model's weights and what it is built from as a checkpoint; return its folder."""
+    from safetensors.torch import save_file
+
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {key: value.contiguous() for key, value in model.state_dict().items()},
+        target / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    write_json(target / "config.json", dict(config))
+    return target
 
 
 def refuse_missing(checkpoint: Checkpoint, class_name: str, missing: list[str]) -> None:

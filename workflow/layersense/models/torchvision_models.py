@@ -5,7 +5,6 @@ once, and from then on it is a checkpoint like any other.
 """
 
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,8 @@ import torch
 from torch import nn
 
 from layersense.errors import LayersenseError
-from layersense.files import write_json
 from layersense.models.checkpoints import Checkpoint
-from layersense.models.devices import wanted_gpus
-from layersense.models.loading import check_finite, first_line, refuse_missing, warn_unexpected
+from layersense.models.loading import first_line, load_weights, write_weights
 
 LIBRARY = "torchvision"
 
@@ -55,30 +52,17 @@ def save_checkpoint(
         std: what they divide by.
         arguments: what the builder was given beside weights, such as ``num_classes``.
     """
-    from safetensors.torch import save_file
-
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {key: value.contiguous() for key, value in model.state_dict().items()},
-        target / "model.safetensors",
-        metadata={"format": "pt"},
+    return write_weights(
+        model,
+        folder,
+        {
+            "architectures": [builder],
+            "library_name": LIBRARY,
+            "arguments": arguments,
+            "categories": list(categories),
+            "image": {"size": size, "mean": list(mean), "std": list(std)},
+        },
     )
-    config = {
-        "architectures": [builder],
-        "library_name": LIBRARY,
-        "arguments": arguments,
-        "categories": list(categories),
-        "image": {"size": size, "mean": list(mean), "std": list(std)},
-    }
-    write_json(target / "config.json", config)
-    return target
-
-
-def read_config(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return the config of a model of torchvision, or None if the checkpoint is none."""
-    config = json.loads((Path(checkpoint.path) / "config.json").read_bytes())
-    return config if config.get("library_name") == LIBRARY else None
 
 
 def load_torchvision(
@@ -86,20 +70,11 @@ def load_torchvision(
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Return a model in eval mode on ``device``, and warnings about its weights.
 
-    Activations that overwrite their inputs are told not to: the output of the layer before is what
-    sensitivity is measured at.
-
     Raises:
         LayersenseError: torchvision has no such model, or the weights do not fit.
     """
-    from safetensors.torch import load_file
     from torchvision.models import get_model, get_model_builder
 
-    if wanted_gpus() > 1:
-        raise LayersenseError(
-            f"{checkpoint.path}: models of torchvision do not say which layers must stay on one "
-            "GPU; set `gpus: 1` in the run"
-        )
     builder = checkpoint.architecture
     arguments = config.get("arguments")
     try:
@@ -111,20 +86,5 @@ def load_torchvision(
             f"{checkpoint.path}/config.json: torchvision cannot build {builder} with its "
             f"`arguments` ({first_line(error)}); write the checkpoint by `save_checkpoint`"
         ) from error
-    weights = load_file(Path(checkpoint.path) / "model.safetensors")
-    try:
-        keys = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise LayersenseError(
-            f"{checkpoint.path}: the weights do not fit {builder} ({first_line(error)}); give the "
-            "`arguments` that the model was built with"
-        ) from error
-    refuse_missing(checkpoint, builder, sorted(keys.missing_keys))
-    warnings = warn_unexpected(checkpoint, builder, sorted(keys.unexpected_keys))
-    wanted = checkpoint.dtype if dtype == "auto" else dtype
-    model = model.to(device=device, dtype=getattr(torch, wanted)).eval()
-    check_finite(checkpoint, model)
-    for module in model.modules():
-        if getattr(module, "inplace", False):
-            setattr(module, "inplace", False)  # noqa: B010 (torch types attributes as modules)
-    return model, warnings
+    fix = "give the `arguments` that the model was built with"
+    return load_weights(model, checkpoint, fix=fix, dtype=dtype, device=device)

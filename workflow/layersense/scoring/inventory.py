@@ -8,7 +8,7 @@ from modelopt.torch.quantization.nn import QuantModule
 from torch import nn
 
 from layersense.models.experts import unreached_experts
-from layersense.models.tasks.protocol import Task
+from layersense.models.tasks.protocol import Loaded, Task
 from layersense.scoring.scores import Group, Layer
 
 
@@ -21,7 +21,7 @@ class Inventory:
 
 
 def take_inventory(
-    model: nn.Module,
+    loaded: Loaded,
     hparams: Mapping[str, QuantRecipeHparam],
     original_types: Mapping[str, str],
     task: Task,
@@ -29,11 +29,12 @@ def take_inventory(
     """List layers and groups of a model that ``auto_quantize`` has prepared.
 
     Args:
-        model: the model after ``auto_quantize``.
+        loaded: the model after ``auto_quantize``.
         hparams: handle → ModelOpt's layer group.
         original_types: module name → class name before ``auto_quantize``.
-        task: names the subsystems.
+        task: names the subsystems, if the model does not.
     """
+    model, describe = loaded.model, loaded.describe or task.describe
     group_of = {
         name: handle for handle, hparam in hparams.items() for name in hparam.quant_module_names
     }
@@ -62,7 +63,7 @@ def take_inventory(
     groups = {}
     for handle, hparam in hparams.items():
         names = list(hparam.quant_module_names)
-        layer = task.describe(names)
+        layer = describe(names)
         n_experts, unreached = unreached_experts(model, names) or (None, [])
         groups[handle] = Group(
             module_names=names,

@@ -149,7 +149,7 @@ def _measure_call(
         )
     steps.finish()
     recorder = steps.recorder
-    inventory = take_inventory(loaded.model, recorder.hparams, modules_before, task)
+    inventory = take_inventory(loaded, recorder.hparams, modules_before, task)
     checkpointing = bool(getattr(loaded.model, "is_gradient_checkpointing", False))
     return inventory, {
         format.name: format_scores(

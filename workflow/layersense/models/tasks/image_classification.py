@@ -12,13 +12,14 @@ from torch.nn import functional
 
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
-from layersense.models.loading import load_image_processor, load_model
+from layersense.models.loading import load_image_processor
 from layersense.models.tasks.images import (
     CACHE_BYTES,
     Resizer,
     classes_by_name,
     find_class,
     labels_of,
+    load_image_model,
     photograph,
 )
 from layersense.models.tasks.protocol import (
@@ -29,7 +30,6 @@ from layersense.models.tasks.protocol import (
     no_distribution,
 )
 from layersense.models.tasks.tokens import LazyBatches
-from layersense.models.torchvision_models import load_torchvision, read_config
 
 if TYPE_CHECKING:
     from layersense.calibration.database import Row
@@ -76,26 +76,18 @@ class ImageClassification:
 
     def load(self, checkpoint: Checkpoint, *, dtype: str, device: torch.device | str) -> Loaded:
         """Load model and processor; see :class:`~layersense.models.tasks.protocol.Task`."""
-        config = read_config(checkpoint)
-        if config is not None:
-            model, warnings = load_torchvision(checkpoint, config, dtype=dtype, device=device)
-            names = config["categories"]
-            classifier = Classifier(
-                classes_by_name(enumerate(names)),
-                len(names),
-                several=False,
-                processor=Resizer.of(config, 224),
-            )
-            return Loaded(model, classifier, checkpoint.id, warnings)
-        from transformers import AutoModelForImageClassification
-
-        model, warnings = load_model(
-            AutoModelForImageClassification, checkpoint, dtype=dtype, device=device
+        model, warnings, config = load_image_model(
+            "AutoModelForImageClassification", checkpoint, dtype=dtype, device=device
         )
-        own: Any = model.config
-        several = own.problem_type == "multi_label_classification"
-        processor = load_image_processor(checkpoint)
-        classifier = Classifier(labels_of(own), own.num_labels, several, processor)
+        if config is not None:
+            names = config["categories"]
+            classes, several = classes_by_name(enumerate(names)), False
+            classifier = Classifier(classes, len(names), several, Resizer.of(config, 224))
+        else:
+            own: Any = model.config
+            several = own.problem_type == "multi_label_classification"
+            processor = load_image_processor(checkpoint)
+            classifier = Classifier(labels_of(own), own.num_labels, several, processor)
         return Loaded(model, classifier, checkpoint.id, warnings)
 
     def batches(

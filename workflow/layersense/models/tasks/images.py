@@ -1,16 +1,21 @@
-"""What the tasks on photographs share: names of classes, sizes, padding."""
+"""What the tasks on photographs share: loading, names of classes, sizes, padding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from layersense.calibration.images import open_image
 from layersense.errors import LayersenseError
+from layersense.models.checkpoints import Checkpoint, read_config
+from layersense.models.loading import load_model
+from layersense.models.tasks.protocol import Batch
+from layersense.models.tasks.tokens import LazyBatches
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,6 +36,43 @@ _OTHER_NAMES = {
     "ski": "skis",
 }
 """Names of Pascal VOC and of DETR's relatives for classes of COCO."""
+
+
+def load_image_model(
+    auto_class: str, checkpoint: Checkpoint, *, dtype: str, device: torch.device | str
+) -> tuple[nn.Module, tuple[str, ...], dict[str, Any] | None]:
+    """Return a model in eval mode on ``device``, warnings about its weights, and its config.
+
+    Args:
+        auto_class: name of transformers' auto class of the task.
+        checkpoint: what to load; nothing is downloaded.
+        dtype: ``auto`` (the checkpoint's), ``bfloat16``, ``float16`` or ``float32``.
+        device: where the weights go.
+
+    Returns:
+        As the config, None for a model of transformers, which holds its own.
+
+    Raises:
+        LayersenseError: its library cannot load it, weights are missing or not finite.
+    """
+    config = read_config(Path(checkpoint.path))
+    library = config.get("library_name")
+    if library == "torchvision":
+        from layersense.models.torchvision_models import load_torchvision
+
+        model, warnings = load_torchvision(checkpoint, config, dtype=dtype, device=device)
+        return model, warnings, config
+    if library == "ultralytics":
+        from layersense.models.yolo import load_yolo
+
+        model, warnings = load_yolo(checkpoint, config, dtype=dtype, device=device)
+        return model, warnings, config
+    import transformers
+
+    model, warnings = load_model(
+        getattr(transformers, auto_class), checkpoint, dtype=dtype, device=device
+    )
+    return model, warnings, None
 
 
 def classes_by_name(names: Iterable[tuple[int, str]]) -> dict[str, int]:
@@ -90,19 +132,58 @@ def stack_images(images: Sequence[Tensor], canvas: tuple[int, int], value: float
     )
 
 
-class Canvas:
-    """The smallest height and width that hold every image seen.
+class Prepared(Protocol):
+    """One photograph, as a model wants it."""
 
-    All batches of a run are padded to one canvas, because a detector's features and anchors reach
-    into the padding: with a canvas for each batch, scores would depend on the batch size.
+    @property
+    def image(self) -> Tensor:
+        """Shape (3, H, W)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+
+
+PreparedT = TypeVar("PreparedT", bound=Prepared)
+
+
+def padded_batches(
+    rows: Sequence[Row],
+    batch_size: int,
+    *,
+    prepare: Callable[[Row], PreparedT],
+    collate: Callable[[Sequence[PreparedT], tuple[int, int]], Batch],
+    step: int = 1,
+) -> Sequence[Batch]:
+    """Return batches whose images are all padded to one canvas, the largest of all rows.
+
+    A detector's features and anchors reach into the padding: with a canvas for each batch, scores
+    would depend on the batch size.
+
+    Args:
+        rows: rows of the calibration database.
+        batch_size: samples of a batch.
+        prepare: makes a sample of a row.
+        collate: makes a batch of samples and the canvas, (height, width).
+        step: what height and width of the canvas are multiples of.
     """
+    canvas = (0, 0)
 
-    def __init__(self) -> None:
-        self.size = (0, 0)
+    def see(index: int) -> PreparedT:
+        nonlocal canvas
+        sample = prepare(rows[index])
+        height, width = (-(-edge // step) * step for edge in sample.image.shape[-2:])
+        canvas = (max(canvas[0], height), max(canvas[1], width))
+        return sample
 
-    def add(self, image: Tensor) -> None:
-        """See an image of shape (…, H, W)."""
-        self.size = (max(self.size[0], image.shape[-2]), max(self.size[1], image.shape[-1]))
+    return LazyBatches(
+        len(rows),
+        batch_size,
+        prepare=see,
+        size=lambda sample: sample.nbytes,
+        collate=lambda samples: collate(samples, canvas),
+        cache_bytes=CACHE_BYTES,
+    )
 
 
 def labels_of(config: Any) -> dict[str, int]:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from layersense.errors import LayersenseError
+from layersense.models import yolo
 from layersense.models.checkpoints import Checkpoint
-from layersense.models.loading import (
-    first_line,
-    load_image_processor,
-    load_model,
-    start_gradients,
-)
+from layersense.models.loading import first_line, load_image_processor, start_gradients
 from layersense.models.tasks.images import (
-    CACHE_BYTES,
-    Canvas,
     classes_by_name,
     find_class,
     labels_of,
+    load_image_model,
+    padded_batches,
     photograph,
     stack_images,
     to_tensor,
@@ -34,10 +31,10 @@ from layersense.models.tasks.protocol import (
     check_modality,
     no_distribution,
 )
-from layersense.models.tasks.tokens import LazyBatches
-from layersense.models.torchvision_models import load_torchvision, read_config
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from layersense.calibration.database import Object, Row
     from layersense.calibration.sampling import Unit
     from layersense.quantization.layers import LayerName
@@ -50,18 +47,39 @@ class Sample:
     image: Tensor
     """Shape (3, H, W)."""
     target: dict[str, Tensor]
-    """Transformers: ``boxes`` as shares of the image, center, width and height, and
-    ``class_labels``. torchvision: ``boxes`` in pixels by their corners, and ``labels``."""
+    """``boxes`` and their classes. torchvision: in pixels by their corners, and ``labels``; others:
+    as shares of the image, center, width and height, and ``class_labels``."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its image; boxes are few."""
+        return self.image.nbytes
+
+
+Found = Sequence[tuple[int, "Object"]]
+"""Numbers of their classes, and objects."""
 
 
 @dataclass(frozen=True)
 class Detector:
-    """How photographs and boxes come into a model: a processor, or torchvision's own transform."""
+    """How photographs and boxes come into a model."""
 
     classes: dict[str, int]
     """Name → number of its classes."""
-    processor: Any = None
-    transform: Any = None
+    prepare: Callable[[Image.Image, Found], Sample]
+    """Resizes a photograph, and boxes with it.
+
+    Raises:
+        TypeError, ValueError: it cannot.
+    """
+    shares: bool = True
+    """Whether boxes are shares of the image, so that they change where it is padded."""
+    masked: bool = False
+    """Whether the model is told what is padding."""
+    step: int = 1
+    """What height and width of its images are multiples of."""
+    padding: float = 0.0
+    """Value of the pixels that fill up an image."""
 
 
 class ObjectDetection:
@@ -83,22 +101,26 @@ class ObjectDetection:
 
     def load(self, checkpoint: Checkpoint, *, dtype: str, device: torch.device | str) -> Loaded:
         """Load model and processor; see :class:`~layersense.models.tasks.protocol.Task`."""
-        config = read_config(checkpoint)
-        if config is not None:
-            model, warnings = load_torchvision(checkpoint, config, dtype=dtype, device=device)
-            _dense(model)
-            classes = classes_by_name(enumerate(config["categories"]))
-            detector = Detector(classes, transform=model.transform)
-            return Loaded(model, detector, checkpoint.id, warnings)
-        from transformers import AutoModelForObjectDetection
-
-        model, warnings = load_model(
-            AutoModelForObjectDetection, checkpoint, dtype=dtype, device=device
+        model, warnings, config = load_image_model(
+            "AutoModelForObjectDetection", checkpoint, dtype=dtype, device=device
         )
         own: Any = model
-        own.loss_function = _Postponed(own.loss_function)
-        start_gradients(model)
-        detector = Detector(labels_of(own.config), processor=load_image_processor(checkpoint))
+        if config is None:
+            own.loss_function = _Postponed(own.loss_function)
+            start_gradients(model)
+            processor = load_image_processor(checkpoint)
+            masked = "pixel_mask" in processor.model_input_names
+            prepare: Any = partial(_by_processor, processor)
+            detector = Detector(labels_of(own.config), prepare, masked=masked)
+            return Loaded(model, detector, checkpoint.id, warnings)
+        classes = classes_by_name(enumerate(config["categories"]))
+        if type(model).__name__ == "DetectionModel":
+            prepare, step = partial(_by_size, config["image"]["size"]), int(max(own.stride))
+            detector = Detector(classes, prepare, step=step, padding=yolo.GREY)
+            describe = partial(yolo.describe, len(own.yaml["backbone"]), len(own.model) - 1)
+            return Loaded(model, detector, checkpoint.id, warnings, describe)
+        _dense(model)
+        detector = Detector(classes, partial(_by_transform, own.transform), shares=False)
         return Loaded(model, detector, checkpoint.id, warnings)
 
     def batches(
@@ -118,26 +140,18 @@ class ObjectDetection:
                 f"{loaded.name}: the photographs show {', '.join(shown[:4]) or 'no boxes'}, none "
                 f"of the model's classes ({known}, …); take data with boxes of its classes"
             )
-        canvas = Canvas()
-
-        def prepare(index: int) -> Sample:
-            sample = _prepare(detector, rows[index])
-            canvas.add(sample.image)
-            return sample
-
-        return LazyBatches(
-            len(rows),
+        return padded_batches(
+            rows,
             batch_size,
-            prepare=prepare,
-            size=lambda sample: sample.image.nbytes,
-            collate=lambda samples: _collate(detector, samples, canvas.size),
-            cache_bytes=CACHE_BYTES,
+            prepare=partial(_prepare, detector),
+            collate=partial(_collate, detector),
+            step=detector.step,
         )
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """Run the model on the batch; what its loss reads is kept in the result."""
-        if dense := _KINDS.get(type(model).__name__):
-            return dense.forward(model, batch)
+        if kind := _KINDS.get(type(model).__name__):
+            return kind(model, batch)
         return model(**batch.inputs, labels=list(batch.targets)).loss
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
@@ -173,15 +187,17 @@ def _objects(row: Row, classes: dict[str, int]) -> list[tuple[int, Object]]:
 
 def _prepare(detector: Detector, row: Row) -> Sample:
     image = photograph(row)
-    objects = _objects(row, detector.classes)
-    if detector.transform is not None:
-        corners = [(x, y, x + w, y + h) for _, shown in objects for x, y, w, h in (shown.bbox,)]
-        target = {
-            "boxes": torch.tensor(corners, dtype=torch.float32).reshape(-1, 4),
-            "labels": torch.tensor([number for number, _ in objects], dtype=torch.int64),
-        }
-        images, targets = detector.transform([to_tensor(image)], [target])
-        return Sample(images.tensors[0], {key: targets[0][key] for key in target})
+    try:
+        return detector.prepare(image, _objects(row, detector.classes))
+    except (TypeError, ValueError) as error:
+        raise LayersenseError(
+            f"image {row.image_path}: cannot be prepared with its boxes ({first_line(error)}); "
+            "remove it from the data"
+        ) from error
+
+
+def _by_processor(processor: Any, image: Image.Image, objects: Found) -> Sample:
+    """Prepare a photograph as a checkpoint of transformers says."""
     annotations = [
         {
             "bbox": list(shown.bbox),
@@ -191,17 +207,11 @@ def _prepare(detector: Detector, row: Row) -> Sample:
         }
         for number, shown in objects
     ]
-    try:
-        prepared = detector.processor(
-            images=image,
-            annotations={"image_id": 0, "annotations": annotations},
-            return_tensors="pt",
-        )
-    except (TypeError, ValueError) as error:
-        raise LayersenseError(
-            f"image {row.image_path}: {type(detector.processor).__name__} cannot prepare it "
-            f"({first_line(error)}); remove it from the data"
-        ) from error
+    prepared = processor(
+        images=image,
+        annotations={"image_id": 0, "annotations": annotations},
+        return_tensors="pt",
+    )
     labels = prepared["labels"][0]
     return Sample(
         prepared["pixel_values"][0],
@@ -212,18 +222,44 @@ def _prepare(detector: Detector, row: Row) -> Sample:
     )
 
 
+def _by_transform(transform: Any, image: Image.Image, objects: Found) -> Sample:
+    """Prepare a photograph by the transform that a model of torchvision begins with."""
+    corners = [(x, y, x + w, y + h) for _, shown in objects for x, y, w, h in (shown.bbox,)]
+    target = {
+        "boxes": torch.tensor(corners, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor([number for number, _ in objects], dtype=torch.int64),
+    }
+    images, targets = transform([to_tensor(image)], [target])
+    return Sample(images.tensors[0], {key: targets[0][key] for key in target})
+
+
+def _by_size(size: int, image: Image.Image, objects: Found) -> Sample:
+    """Prepare a photograph as YOLO's letterbox does: its longer edge becomes ``size`` pixels."""
+    scale = size / max(image.size)
+    edges = (round(image.width * scale), round(image.height * scale))
+    middles = [
+        ((x + w / 2) / image.width, (y + h / 2) / image.height, w / image.width, h / image.height)
+        for _, shown in objects
+        for x, y, w, h in (shown.bbox,)
+    ]
+    return Sample(
+        to_tensor(image.resize(edges)),
+        {
+            "boxes": torch.tensor(middles, dtype=torch.float32).reshape(-1, 4),
+            "class_labels": torch.tensor([number for number, _ in objects], dtype=torch.int64),
+        },
+    )
+
+
 def _collate(detector: Detector, samples: Sequence[Sample], canvas: tuple[int, int]) -> Batch:
-    images = stack_images([sample.image for sample in samples], canvas)
+    images = stack_images([sample.image for sample in samples], canvas, detector.padding)
     pixels = sum(sample.image.shape[-2] * sample.image.shape[-1] for sample in samples)
     inputs = {"pixel_values": images}
-    targets = [sample.target for sample in samples]
-    if detector.transform is None:
-        targets = [_scaled(sample, canvas) for sample in samples]
-        if "pixel_mask" in detector.processor.model_input_names:
-            inputs["pixel_mask"] = stack_images(
-                [torch.ones(sample.image.shape[-2:], dtype=torch.int64) for sample in samples],
-                canvas,
-            )
+    if detector.masked:
+        inputs["pixel_mask"] = stack_images(
+            [torch.ones(sample.image.shape[-2:], dtype=torch.int64) for sample in samples], canvas
+        )
+    targets = [_scaled(sample, canvas) if detector.shares else sample.target for sample in samples]
     positions = len(samples) * canvas[0] * canvas[1]
     return Batch(
         inputs=inputs,
@@ -314,7 +350,7 @@ class _Dense:
     loss: Callable[[Any, dict[str, Tensor], dict[str, Tensor], list[Tensor], list[int]], Any]
     """Of the model, one target, one image's head outputs, its anchors, anchors of each level."""
 
-    def forward(self, model: Any, batch: Batch) -> Any:
+    def __call__(self, model: Any, batch: Batch) -> Any:
         """Run backbone and heads; return the loss of one photograph as a function."""
         from torchvision.models.detection.image_list import ImageList
 
@@ -359,11 +395,13 @@ def _ssd_loss(
     return model.compute_loss([target], outputs, anchors, [matched])
 
 
-_KINDS = {
+_DENSE = {
     "RetinaNet": _Dense(_retinanet_loss),
     "FCOS": _Dense(_fcos_loss),
     "SSD": _Dense(_ssd_loss),
 }
+_KINDS: dict[str, Callable[[Any, Batch], Any]] = {**_DENSE, "DetectionModel": yolo.forward}
+"""Class → what runs a model that is none of transformers, and returns one photograph's loss."""
 
 
 def _dense(model: nn.Module) -> None:
@@ -372,8 +410,8 @@ def _dense(model: nn.Module) -> None:
     Raises:
         LayersenseError: it is one.
     """
-    if type(model).__name__ not in _KINDS:
+    if type(model).__name__ not in _DENSE:
         raise LayersenseError(
             f"{type(model).__name__} of torchvision samples its proposals at random and "
-            f"normalises its loss over them; take one of {', '.join(_KINDS)}"
+            f"normalises its loss over them; take one of {', '.join(_DENSE)}"
         )

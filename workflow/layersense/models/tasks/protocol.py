@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -97,6 +97,8 @@ class Loaded:
     """The checkpoint's id, for error messages."""
     warnings: tuple[str, ...] = ()
     """What was odd about the checkpoint, one sentence each."""
+    describe: Callable[[Sequence[str]], LayerName] | None = None
+    """Names layer groups instead of the task, where names of modules alone do not tell."""
 
 
 class Task(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,20 +15,18 @@ from torch.nn import functional
 from layersense.calibration.masks import decode_mask
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
-from layersense.models.loading import first_line, load_image_processor, load_model
+from layersense.models.loading import first_line, load_image_processor
 from layersense.models.tasks.images import (
-    CACHE_BYTES,
-    Canvas,
     Resizer,
     classes_by_name,
     find_class,
     labels_of,
+    load_image_model,
+    padded_batches,
     photograph,
     stack_images,
 )
 from layersense.models.tasks.protocol import IGNORED, Batch, Loaded, Sampling, check_modality
-from layersense.models.tasks.tokens import LazyBatches
-from layersense.models.torchvision_models import load_torchvision, read_config
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,6 +65,11 @@ class Sample:
     labels: Tensor
     """Class of each pixel, or ``IGNORED``, shape (H, W)."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.image.nbytes + self.labels.nbytes
+
 
 class SemanticSegmentation:
     """Masks of COCO's polygons and run lengths, and cross entropy over the pixels.
@@ -85,17 +89,13 @@ class SemanticSegmentation:
 
     def load(self, checkpoint: Checkpoint, *, dtype: str, device: torch.device | str) -> Loaded:
         """Load model and processor; see :class:`~layersense.models.tasks.protocol.Task`."""
-        config = read_config(checkpoint)
+        model, warnings, config = load_image_model(
+            "AutoModelForSemanticSegmentation", checkpoint, dtype=dtype, device=device
+        )
         if config is not None:
-            model, warnings = load_torchvision(checkpoint, config, dtype=dtype, device=device)
             classes = classes_by_name(enumerate(config["categories"]))
             segmenter = Segmenter(classes, Resizer.of(config, 520))
         else:
-            from transformers import AutoModelForSemanticSegmentation
-
-            model, warnings = load_model(
-                AutoModelForSemanticSegmentation, checkpoint, dtype=dtype, device=device
-            )
             segmenter = Segmenter(labels_of(model.config), load_image_processor(checkpoint))
         if max(segmenter.classes.values()) >= _NOTHING:
             raise LayersenseError(
@@ -122,20 +122,8 @@ class SemanticSegmentation:
                 f"{loaded.name}: the masks show {', '.join(sorted(shown)[:4]) or 'nothing'}, none "
                 f"of the model's classes ({known}, …); take data with masks of its classes"
             )
-        canvas = Canvas()
-
-        def prepare(index: int) -> Sample:
-            sample = _prepare(segmenter, rows[index])
-            canvas.add(sample.image)
-            return sample
-
-        return LazyBatches(
-            len(rows),
-            batch_size,
-            prepare=prepare,
-            size=lambda sample: sample.image.nbytes + sample.labels.nbytes,
-            collate=lambda samples: _collate(samples, canvas.size),
-            cache_bytes=CACHE_BYTES,
+        return padded_batches(
+            rows, batch_size, prepare=partial(_prepare, segmenter), collate=_collate
         )
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:

@@ -115,7 +115,7 @@ class _Engine:
         with collected_warnings() as self.messages:
             self.prepare()
             scored = self._score(self.scoring)
-        inventory = take_inventory(self.model, self.quantizers.groups, self.types, self.task)
+        inventory = take_inventory(self.loaded, self.quantizers.groups, self.types, self.task)
         self._log_seconds()
         return inventory, {
             format.name: format_scores(
