@@ -25,6 +25,7 @@ if not CONFIG.frozen:
     include: "workflow/rules/extensions.smk"
     include: "workflow/rules/scoring.smk"
     include: "workflow/rules/verification.smk"
+    include: "workflow/rules/export.smk"
 
 
 include: "workflow/rules/recipes.smk"
@@ -72,6 +73,11 @@ if not CONFIG.frozen:
         """The measurements alone."""
         input:
             targets("scores"),
+
+    rule export:
+        """The checkpoints that runs list under `export`, and whatever they need."""
+        input:
+            checkpoints_to_ship,
 
 
 onerror:

@@ -199,6 +199,21 @@ def test_a_key_value_cache_needs_a_model_that_has_one() -> None:
     assert line.startswith("schemes.fp8.kv_cache: expected `none`: TensorRT reads no key-value")
 
 
+def test_what_cannot_be_exported_is_refused() -> None:
+    data = valid()
+    run = data["runs"]["demo.a"]
+    run["export"] = ["fp8"]
+    assert load_config(data, "c.yaml", check_files=False).runs["demo.a"].export == ["fp8"]
+    # Four-bit integers calibrated by `max` would be written as AWQ without its scales.
+    data["schemes"]["fp8"]["quant_formats"] = ["INT4_BLOCKWISE_WEIGHT_ONLY_ALL_LAYERS_CFG"]
+    (line,) = problems(data)
+    assert line.startswith('runs."demo.a".export[0]: ModelOpt\'s exporter cannot write format')
+    assert "`INT4_AWQ_ALL_LAYERS_CFG`" in line
+    run["export"] = ["fp9"]
+    (line,) = problems(data)
+    assert line.endswith('found "fp9"; did you mean `fp8`?')
+
+
 def test_a_scheme_has_one_budget() -> None:
     data = valid()
     data["schemes"]["fp8"]["size_gb"] = 3.0

@@ -20,6 +20,7 @@ PAGES = [
     "CONTRIBUTING.md",
     "config/README.md",
     "docs/concepts.md",
+    "docs/export.md",
     "docs/formats.md",
     "docs/operations.md",
     "docs/tasks.md",

@@ -21,7 +21,9 @@ EXAMPLES = sorted(
     path.name for path in (Path(__file__).parents[2] / "config" / "examples").glob("*.yaml")
 )
 SCHEME_RULES = ("solve", "layers", "frontier", "recipe", "report", "page")
-MEASURING = {"fetch", "dataset", "model", "extension", "score", "scores", "verify"}
+MEASURING = {
+    "fetch", "dataset", "model", "extension", "score", "scores", "verify", "checkpoint", "export"
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -246,6 +246,39 @@ def verification(
 
 
 @app.command(rich_help_panel=RULES)
+def export(
+    manifest: Manifest,
+    model: Annotated[Path, typer.Option(help="Record of the checkpoint.")],
+    database: Annotated[Path, typer.Option(help="Calibration database.")],
+    out: Annotated[Path, typer.Option(help="checkpoint.json; the checkpoint lies beside it.")],
+    verification: Annotated[
+        Path | None, typer.Argument(help="verification.json of the run, if it is verified.")
+    ] = None,
+    cache: Cache = None,
+    gpus: Gpus = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+) -> None:
+    """Write the recipe of one scheme as a checkpoint, and check it as it lies on the disk."""
+    _quiet()
+    from layersense.export.job import export_scheme
+
+    exported = export_scheme(
+        manifest,
+        model_file=model,
+        database_file=database,
+        verification_file=verification,
+        out=out,
+        threads=threads,
+        gpus=max(gpus, 1),
+        cache=cache,
+    )
+    typer.echo(
+        f"{out.with_name('checkpoint')}: {exported.quant_algo}, "
+        f"{exported.checked.tensors} tensors, {exported.checked.bytes / 1e9:.3f} GB, checked"
+    )
+
+
+@app.command(rich_help_panel=RULES)
 def report(
     manifest: Manifest,
     layers: Annotated[Path, typer.Option(help="Table of the scheme.")],
@@ -388,6 +421,36 @@ def apply(
     from layersense.verification.apply import apply_recipe
 
     typer.echo(apply_recipe(quant_config, model, database, out))
+
+
+@app.command(rich_help_panel=PEOPLE)
+def check(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint.json of a scheme.")],
+    vllm: Annotated[
+        bool, typer.Option("--vllm", help="Also load it in vLLM, and let it write a few tokens.")
+    ] = False,
+    simulated: Annotated[
+        bool, typer.Option("--simulated", hidden=True, help="For the export job.")
+    ] = False,
+) -> None:
+    """Check an exported checkpoint as it lies on the disk; exit with 1 if something is wrong.
+
+    Example: layersense check results/demo.image-text/int8_all_layers/checkpoint.json
+    """
+    _quiet()
+    if simulated:
+        import msgspec
+
+        from layersense.export.check import check_streamed
+
+        typer.echo(msgspec.json.encode(check_streamed(checkpoint)).decode())
+        return
+    from layersense.export.job import recheck
+
+    problems = recheck(checkpoint, load_in_vllm=vllm)
+    for problem in problems or [f"{checkpoint}: ok"]:
+        typer.echo(problem)
+    raise typer.Exit(1 if problems else 0)
 
 
 @app.command(rich_help_panel=PEOPLE)

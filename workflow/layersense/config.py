@@ -296,6 +296,8 @@ class Run(Section):
     """Held-out rows for verification; default all of the held-out split."""
     verify: Verify | None = None
     """Measure single groups and whole recipes on the held-out rows; `{}` with the defaults."""
+    export: list[str] = []
+    """Names of those of its schemes whose recipe `snakemake export` writes as a checkpoint."""
     batch_size: int = Field(4, ge=1)
     """Rows in a scoring batch; scores do not depend on it."""
     calibration_batch_size: int = Field(4, ge=1)

@@ -90,6 +90,11 @@ def quant_config(run: str, scheme: str) -> str:
     return f"{RESULTS}/{run}/{scheme}/quant_config.json"
 
 
+def exported(run: str, scheme: str) -> str:
+    """Return the record of one scheme's checkpoint to ship, which lies in a folder beside it."""
+    return f"{RESULTS}/{run}/{scheme}/checkpoint.json"
+
+
 def report_markdown(run: str, scheme: str) -> str:
     """Return the Markdown report of one scheme."""
     return f"{RESULTS}/{run}/{scheme}/layer-sensitivity-report.md"

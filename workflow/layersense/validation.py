@@ -16,6 +16,7 @@ from layersense.calibration.archives import is_file, is_folder
 from layersense.calibration.build import coco_files
 from layersense.config import COCO_SPLITS, TASK_METHODS, TASK_MODALITIES, Config, OwnFormat
 from layersense.errors import LayersenseError
+from layersense.export.allow import TASKS, nearest_format, writes
 from layersense.models.checkpoints import is_pickle
 from layersense.models.outside import find_module, is_outside
 from layersense.paths import RESERVED_RUNS, RESERVED_SCHEMES
@@ -553,6 +554,7 @@ class _Checker:
                 (*path, "engine"), "expected `modelopt`, which alone measures `kl_div`", "fused"
             )
         self._check_verify(path, run)
+        self._check_export(path, run)
         least, most = run.get("min_pixels"), run.get("max_pixels")
         if least is not None and most is not None and least > most:
             self.add((*path, "min_pixels"), f"expected at most `max_pixels`, {most}", least)
@@ -601,6 +603,36 @@ class _Checker:
                 (*path, "verify"),
                 f"task `{task}` has no one output distribution to compare; leave `verify` out",
             )
+
+    def _check_export(self, path: Path_, run: Part) -> None:
+        schemes = run.get("schemes", ())
+        model = self.part("models", run.get("model"))
+        task = model.get("task", TASKS[1] if model.get("source") == "demo" else None)
+        if run.get("export") and task is not None and task not in TASKS:
+            self.add(
+                (*path, "export"),
+                f"a model of task `{task}` is not written as a checkpoint, which "
+                f"{_or(TASKS)} are; leave `export` out",
+            )
+        for i, scheme in enumerate(run.get("export", ())):
+            if scheme not in schemes:
+                self.add(
+                    (*path, "export", i),
+                    f"expected one of the run's `schemes` ({_or(map(str, schemes))})",
+                    scheme,
+                    [str(name) for name in schemes],
+                )
+                continue
+            for word in self.part("schemes", scheme).get("quant_formats", ()):
+                format = self.resolved.get(word) if isinstance(word, str) else None
+                if format is not None and writes(format) is None:
+                    self.add(
+                        (*path, "export", i),
+                        f"ModelOpt's exporter cannot write format `{word}` of scheme `{scheme}` as "
+                        f"it is measured; the nearest one that it can is "
+                        f"`{nearest_format(format)}`",
+                        scheme,
+                    )
 
     def _check_reference(self, path: Path_, name: Any, section: str) -> None:
         names = [str(key) for key in self.section(section)]

@@ -17,6 +17,7 @@ sys.path.insert(0, str(WORKFLOW.resolve()))
 from layersense import failures, job_resources, paths, settings
 from layersense.calibration.database import USER_VERSION as DATABASE_VERSION
 from layersense.errors import LayersenseError
+from layersense.export.store import EXPORT_VERSION
 from layersense.files import canonical_json, check_writable
 from layersense.manifests.schema import SCHEMA_VERSION as MANIFEST_VERSION
 from layersense.manifests.tables import TABLE_VERSION
@@ -115,6 +116,11 @@ def targets(stage):
             for run, entry in CONFIG.runs.items()
             if entry.verify
         ],
+        "export": [
+            paths.exported(run, scheme)
+            for run, entry in CONFIG.runs.items()
+            for scheme in entry.export
+        ],
         "reports": [
             *per_scheme(paths.report_markdown),
             *per_scheme(paths.report_page),
@@ -208,6 +214,22 @@ def verification_of_run(wildcards):
     """Return the table of a run's verification, if it is verified."""
     verified = CONFIG.runs[wildcards.run].verify is not None
     return [paths.verification_table(wildcards.run)] if verified else []
+
+
+def verified_for_card(wildcards):
+    """Return what was measured of a run's recipes, for the model card, if it is verified."""
+    verified = CONFIG.runs[wildcards.run].verify is not None
+    return [paths.verification(wildcards.run)] if verified else []
+
+
+def checkpoints_to_ship(wildcards):
+    """Return the records of the checkpoints that runs ask for; there has to be one."""
+    if not (files := targets("export")):
+        raise WorkflowError(
+            "no run exports anything; list schemes under `export` of a run, such as "
+            "`export: [fp8]`"
+        )
+    return files
 
 
 def cost_table(wildcards):

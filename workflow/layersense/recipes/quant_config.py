@@ -21,6 +21,7 @@ from layersense.manifests.schema import Manifest, plain_name
 from layersense.quantization.formats import NONE, Attributes, Format, format_from_settings
 from layersense.quantization.kv_cache import cache_config, cached_attention
 from layersense.recipes.menu import Recipe, recipe_digest
+from layersense.scoring.scores import NONE_BITS
 
 QUANT_CONFIG_VERSION = 2
 AWQ_SHARE = 0.25
@@ -81,11 +82,18 @@ class QuantConfig(msgspec.Struct, kw_only=True):
     """None: it stays as it is."""
 
 
-def quant_config(manifest: Manifest) -> QuantConfig:
-    """Return the recipe of a manifest as ModelOpt configs."""
-    recipe = {
-        handle: plain_name(group.selected) for handle, group in manifest.layer_sensitivity.items()
-    }
+def quant_config(manifest: Manifest, recipe: Recipe | None = None) -> QuantConfig:
+    """Return the recipe of a manifest as ModelOpt configs.
+
+    Args:
+        manifest: what was measured and chosen.
+        recipe: handle → format, of every group, if it is not what was chosen.
+    """
+    bits = manifest.autoquant_state.constraints["effective_bits"]
+    if recipe is None:
+        recipe = chosen(manifest)
+    else:
+        bits = bits_of(manifest, recipe)
     formats = {
         name: format_from_settings(name, run.settings["format"])
         for name, run in manifest.run.items()
@@ -104,11 +112,28 @@ def quant_config(manifest: Manifest) -> QuantConfig:
         dataset_digest=manifest.dataset.digest,
         settings=read_settings(manifest),
         recipe_digest=recipe_digest(recipe),
-        effective_bits=manifest.autoquant_state.constraints["effective_bits"],
+        effective_bits=bits,
         parts=parts,
         enable=enable_entries([*parts, *([cache] if cache else [])]),
         kv_cache=cache,
     )
+
+
+def chosen(manifest: Manifest) -> Recipe:
+    """Return what a manifest chose: handle → format."""
+    return {
+        handle: plain_name(group.selected) for handle, group in manifest.layer_sensitivity.items()
+    }
+
+
+def bits_of(manifest: Manifest, recipe: Recipe) -> float:
+    """Return the average bits per searched weight under a recipe."""
+    cost, weights = 0.0, 0
+    for handle, name in recipe.items():
+        group = manifest.layer_sensitivity[handle]
+        cost += group.costs[[plain_name(label) for label in group.formats].index(name)]
+        weights += group.n_weights
+    return NONE_BITS * cost / weights
 
 
 def read_settings(manifest: Manifest) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def check_applied(model: nn.Module, config: QuantConfig) -> None:
                 expected = modelopt_attributes(stages[0]) if stages else None
                 if bool(own) != bool(expected) or any(
                     entry["num_bits"] != expected["num_bits"]
-                    or bool(entry["block_sizes"]) != bool(expected.get("block_sizes"))
+                    or _has_blocks(entry["block_sizes"]) != _has_blocks(expected.get("block_sizes"))
                     for entry in own
                     if expected
                 ):
@@ -170,6 +170,11 @@ def check_applied(model: nn.Module, config: QuantConfig) -> None:
             f"{next(iter(found))}: is quantized, and the recipe leaves it alone ({len(found)} such "
             "modules); this is a defect of layersense or ModelOpt"
         )
+
+
+def _has_blocks(block_sizes: Mapping[Any, Any] | None) -> bool:
+    """Return whether scales are shared by blocks; one as long as the tensor is none to ModelOpt."""
+    return any(isinstance(size, int) for size in (block_sizes or {}).values())
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Checkpoints to deploy: what can be written, writing it, checking what was written."""

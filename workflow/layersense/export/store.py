@@ -1,0 +1,117 @@
+"""``checkpoint.json``: what was written, and what its check found (no torch)."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from layersense.errors import LayersenseError
+from layersense.files import atomic_write
+
+EXPORT_VERSION = 1
+"""Raised when what is written for the same recipe changes, which writes it again."""
+FOLDER = "checkpoint"
+"""Name of the folder beside ``checkpoint.json``."""
+
+
+class Expected(msgspec.Struct, kw_only=True):
+    """What a checkpoint should hold, by the names that its tensors have on the disk."""
+
+    original: str
+    """Folder of the checkpoint that it was made from."""
+    quantized: dict[str, str]
+    """Module → format."""
+    shapes: dict[str, list[int]]
+    """Module → shape of its weight before it was packed."""
+    formats: dict[str, dict[str, Any]]
+    """Format → its settings."""
+    unquantized: list[str]
+    """Every other linear layer, convolution, router and container of experts."""
+    changed: list[str]
+    """Unquantized tensors that the exporter changes: norms and layers that take scales up."""
+    parameters: list[str]
+    """All parameters and buffers of the model that a checkpoint stores."""
+    dtype: str
+    """Safetensors' name of the type of what stays unquantized."""
+    kv_cache: str | None = None
+    """Algorithm of the key-value cache; None if it stays as it is."""
+    cached: list[str] = []
+    """Attention modules whose cache has scales of its own: calibrated ones."""
+
+
+class Checked(msgspec.Struct, kw_only=True):
+    """What the check found."""
+
+    problems: list[str]
+    """Why it may not be shipped; empty in anything that was put in place."""
+    vllm: list[str]
+    """Why vLLM would not read it as it is meant; empty if it would."""
+    tensors: int
+    bytes: int
+    """Of all tensors."""
+    quantized_bytes: int
+    """Of the quantized modules: weights and scales."""
+    compared: int
+    """Packed weights that were compared with the simulated ones."""
+    differing: float
+    """Share of their elements that are another value than simulated."""
+    worst_steps: float
+    """Largest difference, in steps of the format at that element."""
+
+
+class Exported(msgspec.Struct, kw_only=True):
+    """The whole file."""
+
+    schema_version: int = EXPORT_VERSION
+    run: str
+    scheme: str
+    digest: str
+    """SHA-256 over all that determines the checkpoint."""
+    recipe_digest: str
+    """Of the recipe that was written, as verification knows it."""
+    quant_algo: str
+    effective_bits: float
+    """Of the searched weights, as written."""
+    effective_bits_asked: float
+    """Of the scheme's recipe."""
+    kept: dict[str, str]
+    """Handle → why a group stays unquantized although the recipe quantizes it."""
+    predicted_bytes: float
+    """Of the quantized modules, by the recipe's costs."""
+    files: dict[str, int]
+    """Name → bytes."""
+    expected: Expected
+    checked: Checked
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    environment: dict[str, str]
+
+
+def read_exported(path: str | Path) -> Exported:
+    """Read a ``checkpoint.json``.
+
+    Raises:
+        LayersenseError: it is missing, or none of this version.
+    """
+    try:
+        content = msgspec.json.decode(Path(path).read_bytes(), type=Exported)
+    except OSError as error:
+        raise LayersenseError(
+            f"{path}: cannot be read ({error.strerror}); run `snakemake export`"
+        ) from error
+    except msgspec.MsgspecError as error:
+        raise LayersenseError(
+            f"{path}: is no checkpoint.json of layersense ({error}); delete it and run "
+            "`snakemake export`"
+        ) from error
+    if content.schema_version != EXPORT_VERSION:
+        raise LayersenseError(
+            f"{path}: has schema version {content.schema_version}, this layersense reads "
+            f"{EXPORT_VERSION}; delete it and run `snakemake export`"
+        )
+    return content
+
+
+def write_exported(path: str | Path, content: Exported) -> None:
+    """Write a ``checkpoint.json`` atomically."""
+    atomic_write(path, msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
