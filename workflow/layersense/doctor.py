@@ -181,7 +181,7 @@ def _compiler(config: Config | None) -> Iterator[Line]:
             "warning",
             "CUDA compiler",
             f"no {', '.join(missing)}: FP8 is simulated; INT8, INT4 and MX are left out on a GPU",
-            "pip install -r envs/cuda.txt; apt-get install g++",
+            "pip install --require-hashes -r envs/cuda.lock; apt-get install g++",
         )
     else:
         yield Line("ok", "CUDA compiler", "nvcc, g++ and ninja")
