@@ -8,12 +8,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-annotate --custom-compile-command "make lock"
 
-.PHONY: help demo install install-dev test test-fast lint docs lock clean
+.PHONY: help demo install install-dev test test-fast fuzz lint docs lock clean
 
 help:
 	@echo "make demo       run the default config: a sensitivity report of the demo model"
 	@echo "make test       all tests that this machine can run"
 	@echo "make test-fast  unit tests without the slow ones"
+	@echo "make fuzz       readers of foreign files on ten minutes of random input"
 	@echo "make lint       linters, formatters and the type checker"
 	@echo "make lock       pin all packages of envs/*.txt, with hashes, in envs/*.lock"
 	@echo "make docs       regenerate what is generated: schemas, config/README.md, format registry"
@@ -43,6 +44,9 @@ test: install-dev
 
 test-fast: install-dev
 	$(BIN)/python -m pytest -m "not slow and not workflow and not slurm and not gpu"
+
+fuzz: install-dev
+	$(BIN)/python tests/fuzz.py --minutes 10
 
 lint: install-dev
 	$(BIN)/ruff check workflow tests benchmarks

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 pytest.importorskip("pycocotools")
@@ -49,6 +51,18 @@ def test_compressed_run_lengths() -> None:
     assert np.array_equal(decode_mask(text, 5, 6, "here"), drawn.astype(bool))
 
 
+@given(st.data())
+def test_packed_run_lengths_are_those_of_pycocotools(data: st.DataObject) -> None:
+    from pycocotools import mask as coco
+
+    height, width = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60))
+    seed, share = data.draw(st.integers(0, 2**32 - 1)), data.draw(st.floats(0, 1))
+    drawn = np.random.default_rng(seed).random((height, width)) < share
+    runs = coco.encode(np.asfortranarray(drawn, dtype=np.uint8))
+    text = json.dumps({"size": runs["size"], "counts": runs["counts"].decode()})
+    assert np.array_equal(decode_mask(text, height, width, "here"), drawn)
+
+
 def test_nothing_and_lines_cover_nothing() -> None:
     assert not decode_mask("[]", 4, 4, "here").any()
     assert not decode_mask("[[0, 0, 3, 3]]", 4, 4, "here").any()
@@ -63,6 +77,20 @@ def test_nothing_and_lines_cover_nothing() -> None:
         "3",
         '[["a", 1, 2, 3, 4, 5]]',
         "[",
+        # Fuzzing found that pycocotools crashes the process, or writes where it must not, on these.
+        '{"size": [4, 4], "counts": [-5, 21]}',
+        '{"size": [4, 4], "counts": [4294967295, 17]}',
+        '{"size": [4, 4], "counts": [1, 2]}',
+        '{"size": [4, 4], "counts": [0.5, 15.5]}',
+        '{"size": [4, 4], "counts": [true, 15]}',
+        '{"size": [4, 4], "counts": "zzzz"}',
+        '{"size": [4, 4], "counts": "0\\u0000"}',
+        '{"size": [4, 4], "counts": "00T"}',
+        "[[1e30, 0, 3, 3, 0, 3]]",
+        "[[1, 0, 3, 3, 0, NaN]]",
+        "[[1, 0, 3, 3, 0, 2, 1]]",
+        '[{"size": [4, 4], "counts": [16]}]',
+        "[" * 100_000,
     ],
 )
 def test_a_broken_mask_names_the_image(text: str) -> None:

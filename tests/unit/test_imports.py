@@ -1,6 +1,7 @@
 """Manifests of others: every generation, ModelOpt's state, round trips, and what is broken."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,11 @@ def manifests(draw: Any) -> NormalManifest:
     )  # fmt: skip
 
 
-FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+FOLDER = settings(
+    max_examples=int(os.environ.get("LAYERSENSE_FUZZ", "100")),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    deadline=None,
+)
 
 
 @FOLDER

@@ -1,5 +1,6 @@
 """The Markdown reports, read as their reader would."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from markdown_it import MarkdownIt
 
 from layersense import config
 from layersense.errors import LayersenseError
+from layersense.manifests.imports import import_manifest, write_import
 from layersense.manifests.schema import encode_manifest
 from layersense.manifests.tables import write_layers, write_runs, write_sensitivity
 from layersense.recipes.decide import build_manifest
@@ -320,6 +322,57 @@ def test_summary_shows_models_and_schemes_side_by_side(tmp_path, templates, shar
     for links in re.findall(r"\]\((.+?)\)", text):
         folder = (tmp_path / links).parent
         assert folder.is_dir() or folder.parent.name == "qwen2_5_vl_3b"
+
+
+def test_the_real_manifests_of_others_stand_beside_ours(tmp_path, templates, shared_data):
+    """Through the importer, as the workflow does it; shares by the manifests' own text."""
+    ours = prepare(tmp_path)
+    files = sorted((shared_data / "manifests").glob("*.json"))
+    assert len(files) == 2
+    paths = [tmp_path / "imported" / f"{name}.json" for name in ("elder", "younger")]
+    for file, path in zip(files, paths, strict=True):
+        write_import(import_manifest(file, run=path.stem), path)
+    write_sensitivity(
+        [ours.with_name("layers.parquet"), *(path.with_suffix(".parquet") for path in paths)],
+        tmp_path / "sensitivity.parquet",
+    )
+    write_runs([ours, *paths], tmp_path / "runs.parquet")
+    write_summary(
+        tmp_path / "runs.parquet",
+        tmp_path / "sensitivity.parquet",
+        config.Report(),
+        templates / "summary.md.j2",
+        tmp_path / "summary.md",
+    )
+    text = (tmp_path / "summary.md").read_text()
+    assert "3 runs" in text
+    found = tables(text)
+    assert found["tiny-vlm"][0][1][1] == "[mix](demo/mix/layer-sensitivity-report.md)"
+    (younger_model,) = set(found) - {"tiny-vlm", "unknown model"}
+    assert younger_model.endswith("Qwen3-VL-4B-Instruct")
+    expected = {
+        "unknown model": ("elder", "fp8_autoquant_all_layers_fp8 (imported, g0)", "–"),
+        younger_model: (
+            "younger",
+            "wfp8_aint8_autoquant_lm (imported, g3)",
+            "vlm_coco2017_captions",
+        ),
+    }
+    for file, (model, cells) in zip(files, expected.items(), strict=True):
+        (header, figures), (_, where) = found[model]
+        assert tuple(figures[:3]) == cells
+        content = json.loads(file.read_text())
+        asked = content["scheme"]["auto_quantize_bits"]
+        assert figures[header.index("Bits, at most")] == bits(asked)
+        groups = content["layer_sensitivity"]
+        assert figures[header.index("Quantized")].endswith(f"of {len(groups)}")
+        # The worst score of each group with a format, as a share of all of them.
+        worst = {key: max(g["scores"]) for key, g in groups.items() if len(g["formats"]) > 1}
+        seen = [s for name, s in worst.items() if "visual" in name and "merger" not in name]
+        share = percent(sum(seen) / sum(worst.values())) if seen else "no score"
+        assert f"vision {share}" in where[2].split(", ")
+        most = max(worst, key=worst.__getitem__).removesuffix(".quant_recipe")
+        assert where[3].startswith(f"`{most}`")
 
 
 def test_a_broken_template_or_table_is_named(tmp_path):

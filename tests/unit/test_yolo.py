@@ -10,7 +10,7 @@ import pytest
 
 if find_spec("ultralytics") is None:
     pytest.skip(
-        "YOLO needs ultralytics: pip install --no-deps -r envs/yolo.txt", allow_module_level=True
+        "YOLO needs ultralytics: pip install --no-deps -r envs/yolo.lock", allow_module_level=True
     )
 
 pytestmark = pytest.mark.slow  # importing torch and ultralytics takes seconds

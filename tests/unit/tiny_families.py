@@ -175,7 +175,7 @@ def fcos(folder: Path) -> Path:
 def _yolo(description: str) -> Any:
     """A YOLO with one sixteenth of the smallest one's width; ultralytics is optional."""
     if find_spec("ultralytics") is None:
-        pytest.skip("YOLO needs ultralytics: pip install --no-deps -r envs/yolo.txt")
+        pytest.skip("YOLO needs ultralytics: pip install --no-deps -r envs/yolo.lock")
     from layersense.models.yolo import import_ultralytics
 
     import_ultralytics()

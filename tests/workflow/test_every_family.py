@@ -74,7 +74,7 @@ def project(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Proje
 
 def test_yolo_is_among_them(project: Project) -> None:
     if "yolo" not in FAMILIES:
-        pytest.skip("YOLO needs ultralytics: pip install --no-deps -r envs/yolo.txt")
+        pytest.skip("YOLO needs ultralytics: pip install --no-deps -r envs/yolo.lock")
     report = project.results / "yolo.sample/fp8_int4/layer-sensitivity-report.md"
     assert "ran Python code that came with the checkpoint" in report.read_text()
 

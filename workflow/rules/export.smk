@@ -35,4 +35,4 @@ rule checkpoint:
         PYTHON
         + " -m layersense export {input.verification:q} --manifest {input.manifest:q}"
         " --model {input.model:q} --database {input.database:q} --out {output:q}"
-        " --threads {threads} --gpus {resources.gpu}" + CACHE + " > {log:q} 2>&1"
+        " --threads {threads} --gpus {resources.gpu:q}" + CACHE + " > {log:q} 2>&1"

@@ -34,6 +34,6 @@ rule score:
         PYTHON
         + " -m layersense score {wildcards.run:q} {input.extensions:q} --settings {params.settings:q}"
         " --formats {params.formats:q} --model {input.model:q} --database {input.database:q}"
-        " --out {output.scores:q} --measured {output.measured:q} --threads {threads} --gpus {resources.gpu}"
+        " --out {output.scores:q} --measured {output.measured:q} --threads {threads} --gpus {resources.gpu:q}"
         + CACHE
         + " > {log:q} 2>&1"

@@ -32,6 +32,6 @@ rule verify:
     shell:
         PYTHON + " -m layersense verify {wildcards.run:q} {input.manifests:q}"
         " --settings {params.settings:q} --model {input.model:q} --database {input.database:q}"
-        " --out {output:q} --threads {threads} --gpus {resources.gpu}"
+        " --out {output:q} --threads {threads} --gpus {resources.gpu:q}"
         + CACHE
         + " > {log:q} 2>&1"

@@ -8,6 +8,9 @@ import numpy.typing as npt
 
 from layersense.errors import LayersenseError
 
+MAX_BEYOND = 16
+"""How many times the image's longer side a polygon may reach; an annotator's slip is far less."""
+
 
 def decode_mask(segmentation: str, height: int, width: int, where: str) -> npt.NDArray[np.bool_]:
     """Return the pixels that an object covers, shape (height, width).
@@ -23,23 +26,71 @@ def decode_mask(segmentation: str, height: int, width: int, where: str) -> npt.N
     Raises:
         LayersenseError: it is neither, or of another size.
     """
-    from pycocotools import mask as coco
-
     try:
         content: Any = json.loads(segmentation)
         if isinstance(content, list):
-            polygons = [polygon for polygon in content if len(polygon) >= 6]
-            if not polygons:
-                return np.zeros((height, width), dtype=bool)
-            runs = coco.merge(coco.frPyObjects(polygons, height, width))
-        else:
-            if list(content["size"]) != [height, width]:
-                raise ValueError(f"it is for {content['size'][1]}×{content['size'][0]} pixels")
-            plain = isinstance(content["counts"], list)
-            runs = coco.frPyObjects(content, height, width) if plain else content
-        decoded = coco.decode(runs)
-    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            return _fill_polygons(content, height, width)
+        if list(content["size"]) != [height, width]:
+            raise ValueError(f"it is for {content['size'][1]}×{content['size'][0]} pixels")
+        counts = content["counts"]
+        runs = counts if isinstance(counts, list) else _unpack(counts)
+        return _fill_runs(runs, height, width)
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise LayersenseError(
             f"{where}: a mask cannot be read ({error}); repair the instances file"
         ) from error
-    return np.asarray(decoded, dtype=bool)
+
+
+def _fill_polygons(polygons: list[Any], height: int, width: int) -> npt.NDArray[np.bool_]:
+    from pycocotools import mask as coco
+
+    if not all(isinstance(polygon, list) for polygon in polygons):
+        raise ValueError("it is a list of something else than polygons")
+    whole = [[float(x) for x in polygon] for polygon in polygons if len(polygon) >= 6]
+    for polygon in whole:
+        # It is drawn by C code, which trusts its input: it walks along every edge.
+        if len(polygon) % 2 or not np.isfinite(polygon).all():
+            raise ValueError("a polygon is not pairs of numbers")
+        if np.abs(polygon).max() > MAX_BEYOND * max(height, width):
+            raise ValueError("a polygon leaves the image by far")
+    if not whole:
+        return np.zeros((height, width), dtype=bool)
+    runs = coco.merge(coco.frPyObjects(whole, height, width))
+    return np.asarray(coco.decode(runs), dtype=bool)
+
+
+def _fill_runs(runs: list[Any], height: int, width: int) -> npt.NDArray[np.bool_]:
+    """Return the mask of alternating runs of nothing and something, down the columns.
+
+    pycocotools writes past its memory where runs are negative or do not fit.
+    """
+    if not all(type(run) is int and run >= 0 for run in runs) or sum(runs) != height * width:
+        raise ValueError(f"its runs are not counts that make {width}×{height} pixels")
+    inside = np.arange(len(runs)) % 2 == 1
+    return np.repeat(inside, runs).reshape(width, height).T
+
+
+def _unpack(text: str) -> list[int]:
+    """Return the runs that COCO packed into a string.
+
+    Each character holds five bits, lowest first, and a sixth that says whether more follow; the
+    last one's highest bit is the sign. From the fourth on, a run is stored as the difference to
+    the one before the last (``rleToString`` of COCO's API).
+    """
+    runs: list[int] = []
+    value = bits = 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64:
+            raise ValueError(f"its packed runs hold {character!r}")
+        value |= (code & 0x1F) << bits
+        bits += 5
+        if code & 0x20:
+            continue
+        if code & 0x10:
+            value -= 1 << bits
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = bits = 0
+    if bits:
+        raise ValueError("its packed runs are cut short")
+    return runs

@@ -220,7 +220,7 @@ def import_ultralytics() -> None:
     except ImportError as error:
         raise LayersenseError(
             f"YOLO needs the package ultralytics, which is under AGPL-3.0 and not installed "
-            f"({error}); if its licence suits you, run `pip install --no-deps -r envs/yolo.txt`"
+            f"({error}); if its licence suits you, run `pip install --no-deps -r envs/yolo.lock`"
         ) from error
     finally:
         if threads is None:
