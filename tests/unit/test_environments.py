@@ -64,7 +64,9 @@ def test_yolo_is_optional_and_changes_no_other_pin(repository: Path) -> None:
         try:
             installed = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            pytest.skip(f"{package} is not installed; run `pip install --no-deps -r envs/yolo.lock`")
+            pytest.skip(
+                f"{package} is not installed; run `pip install --no-deps -r envs/yolo.lock`"
+            )
         assert installed == version, package
 
 
