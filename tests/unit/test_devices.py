@@ -16,6 +16,7 @@ from tiny_models import resolve_folder, save_tiny_llama, save_tiny_qwen2_5_vl  #
 from layersense.errors import LayersenseError  # noqa: E402
 from layersense.models.devices import (  # noqa: E402
     check_together,
+    connect,
     free_memory,
     plan_devices,
     spread_over,
@@ -69,6 +70,24 @@ def test_what_does_not_fit_is_one_sentence(model: Any) -> None:
 def test_a_model_that_does_not_say_what_is_whole_is_refused() -> None:
     with pytest.raises(LayersenseError, match="Linear: transformers does not say"):
         plan_devices(torch.nn.Linear(4, 4), torch.float32, {0: MEGABYTE, 1: MEGABYTE})
+
+
+def test_an_embedding_that_is_called_from_outside_brings_its_input_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import accelerate.utils
+    import transformers
+
+    sent: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(
+        accelerate.utils, "send_to_device", lambda value, device: (sent.append(device), value)[1]
+    )
+    folder = save_tiny_qwen2_5_vl(tmp_path / "vlm")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
+    connect(model, {"model.visual": 0, "model.language_model": 1, "lm_head": 1})
+    model.get_input_embeddings()(torch.tensor([[1, 2]]))
+    assert set(sent) == {1}
 
 
 def test_a_group_on_two_devices_is_refused() -> None:

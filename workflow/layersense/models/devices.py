@@ -108,8 +108,11 @@ def connect(model: nn.Module, plan: Mapping[str, int]) -> None:
         return send_to_device(output, first)
 
     for name, device in plan.items():
-        if name:
-            model.get_submodule(name).register_forward_pre_hook(enter(device), with_kwargs=True)
+        part = model.get_submodule(name)
+        # A vision-language model calls the embedding of its language model from outside.
+        inside = [m for m in part.modules() if isinstance(m, nn.Embedding) and m is not part]
+        for module in [part, *inside] if name else inside:
+            module.register_forward_pre_hook(enter(device), with_kwargs=True)
     model.register_forward_hook(leave)
     _guard_quantizers()
 
