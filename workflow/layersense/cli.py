@@ -182,11 +182,17 @@ def tables(
 
 
 @app.command(rich_help_panel=RULES)
-def recipe(manifest: Manifest, out: Out) -> None:
-    """Write the recipe of one scheme as ModelOpt configs."""
+def recipe(
+    manifest: Manifest,
+    out: Out,
+    recipe_yaml: Annotated[Path, typer.Option("--yaml", help="Recipe for NVIDIA's tools.")],
+) -> None:
+    """Write the recipe of one scheme as ModelOpt configs, and for NVIDIA's own tools."""
     from layersense.recipes.quant_config import write_quant_config
+    from layersense.recipes.recipe_yaml import write_recipe
 
     write_quant_config(manifest, out)
+    write_recipe(manifest, recipe_yaml)
 
 
 @app.command(rich_help_panel=RULES)

@@ -95,6 +95,11 @@ def exported(run: str, scheme: str) -> str:
     return f"{RESULTS}/{run}/{scheme}/checkpoint.json"
 
 
+def recipe_yaml(run: str, scheme: str) -> str:
+    """Return the recipe of one scheme for NVIDIA's own tools."""
+    return f"{RESULTS}/{run}/{scheme}/recipe.yaml"
+
+
 def report_markdown(run: str, scheme: str) -> str:
     """Return the Markdown report of one scheme."""
     return f"{RESULTS}/{run}/{scheme}/layer-sensitivity-report.md"

@@ -110,7 +110,7 @@ def targets(stage):
             paths.sensitivity(),
             paths.runs(),
         ],
-        "recipes": per_scheme(paths.quant_config),
+        "recipes": [*per_scheme(paths.quant_config), *per_scheme(paths.recipe_yaml)],
         "verification": [
             paths.verification_table(run)
             for run, entry in CONFIG.runs.items()

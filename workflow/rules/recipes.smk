@@ -44,11 +44,12 @@ rule frontier:
 
 
 rule recipe:
-    """The recipe of one scheme as ModelOpt configs, to replay with `mtq.quantize`."""
+    """The recipe of one scheme as ModelOpt configs, and for `hf_ptq.py --recipe`."""
     input:
         manifest=paths.manifest("{run}", "{scheme}"),
     output:
-        paths.quant_config("{run}", "{scheme}"),
+        config=paths.quant_config("{run}", "{scheme}"),
+        yaml=paths.recipe_yaml("{run}", "{scheme}"),
     log:
         paths.log("recipe", "{run}", "{scheme}"),
     benchmark:
@@ -58,5 +59,6 @@ rule recipe:
     params:
         version=f"quant-config-{QUANT_CONFIG_VERSION}",
     shell:
-        PYTHON + " -m layersense recipe --manifest {input.manifest:q} --out {output:q}"
-        " > {log:q} 2>&1"
+        PYTHON
+        + " -m layersense recipe --manifest {input.manifest:q} --out {output.config:q}"
+        " --yaml {output.yaml:q} > {log:q} 2>&1"
