@@ -480,6 +480,45 @@ def doctor(
 
 
 @app.command(rich_help_panel=PEOPLE)
+def estimate(
+    configfile: Annotated[Path, typer.Argument(help="Config whose runs are estimated.")],
+) -> None:
+    """Say what each run will take before it runs: layers, quantizers, memory, time.
+
+    Reads no weight and takes seconds. Exits with 1 if a run cannot be estimated.
+
+    Example: layersense estimate config/my-model.yaml
+    """
+    _quiet()
+    from layersense import paths, settings
+    from layersense.models.checkpoints import peek, read_checkpoint
+    from layersense.scoring.estimate import estimate_run
+    from layersense.validation import load_config, read_config_file
+
+    config = load_config(read_config_file(configfile), str(configfile))
+    failed = False
+    for name, run in config.runs.items():
+        record = Path(paths.model(run.model))
+        try:
+            model = config.models[run.model]
+            checkpoint = read_checkpoint(record) if record.exists() else peek(run.model, model)
+            found = estimate_run(
+                name,
+                settings.score_settings(config, name),
+                settings.run_formats(config, name),
+                checkpoint,
+                Path(paths.calibration(run.dataset)),
+            )
+        except LayersenseError as error:
+            failed = True
+            typer.echo(f"{name}\n  not known: {error}")
+            continue
+        for line in found.lines():
+            typer.echo(line)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command(rich_help_panel=PEOPLE)
 def validate(files: Annotated[list[Path], typer.Argument(help="Manifests.")]) -> None:
     """Check manifests; exit with 1 if one has a problem.
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 LINE_SECONDS = 15.0
+_BAR = "{desc}: {n_fmt}/{total_fmt} |{bar}| {rate_inv_fmt}, {remaining} left{postfix}"
 
 
 class Progress:
@@ -24,7 +25,9 @@ class Progress:
         self.what, self.total, self.unit = what, total, unit
         self.done = 0
         self.started = self._last_line = time.monotonic()
-        self._bar = tqdm(total=total, desc=what, unit=unit) if sys.stderr.isatty() else None
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=what, unit=unit, bar_format=_BAR)
 
     def note(self) -> str:
         """Return what a line says beside the pace, such as the memory in use."""
@@ -34,6 +37,7 @@ class Progress:
         """Count steps; write a line when the last one is old, after the second and the last."""
         self.done += steps
         if self._bar is not None:
+            self._bar.set_postfix_str(self.note().removeprefix(", "), refresh=False)
             self._bar.update(steps)
             return
         now = time.monotonic()

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from layersense import paths
 from layersense.config import DemoModel, Model
 from layersense.errors import LayersenseError
 from layersense.files import atomic_write, digest_file, digest_json
@@ -84,6 +85,21 @@ def resolve(name: str, model: Model, built: Path | None = None) -> Checkpoint:
     return inspect(folder, id=model.checkpoint, revision=folder.name, model=model)
 
 
+def peek(name: str, model: Model) -> Checkpoint:
+    """Return what a directory's checkpoint is without reading its weights; its digest is empty.
+
+    Raises:
+        LayersenseError: it is no directory, or cannot be used.
+    """
+    folder = None if isinstance(model, DemoModel) else _as_directory(model.checkpoint)
+    if folder is None:
+        raise LayersenseError(
+            f"models.{name}: is not on this machine yet; run `snakemake "
+            f"{paths.model(name)} --cores 1`"
+        )
+    return inspect(folder, id=str(folder), revision=None, model=model, hashed=False)
+
+
 def inspect(
     folder: Path,
     *,
@@ -91,6 +107,7 @@ def inspect(
     revision: str | None,
     model: Model,
     trained_on_calibration: bool = False,
+    hashed: bool = True,
 ) -> Checkpoint:
     """Read a checkpoint's config and safetensors headers, and hash its files.
 
@@ -100,6 +117,7 @@ def inspect(
         revision: commit on the hub, or None.
         model: its entry in the config.
         trained_on_calibration: whether it has seen the rows it is scored on.
+        hashed: whether to read all files for the digest, which is empty without.
 
     Raises:
         LayersenseError: a file is missing or broken, only pickled weights are there, it is
@@ -128,7 +146,9 @@ def inspect(
         path=str(folder),
         id=id,
         revision=revision,
-        digest=digest_json({path.name: digest_file(path) for path in (*weights, *others)}),
+        digest=digest_json({path.name: digest_file(path) for path in (*weights, *others)})
+        if hashed
+        else "",
         task=model.task,
         architecture=architecture,
         n_parameters=elements.total(),

@@ -3,7 +3,9 @@
 import logging
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from layersense.models.devices import connect, free_memory, plan_devices, wanted
 from layersense.models.experts import watch_experts
 
 logger = logging.getLogger(__name__)
+
+_WITHOUT_WEIGHTS: ContextVar[bool] = ContextVar("without_weights", default=False)
 
 
 def load_model(
@@ -35,13 +39,15 @@ def load_model(
             weight is not finite.
     """
     quiet_progress_bars()
+    if are_weights_left_out():
+        return skeleton(auto_class, checkpoint, dtype), ()
     gpus = wanted_gpus()
     plan: dict[str, int] = {}
     try:
         if gpus > 1:
             plan = plan_devices(
-                skeleton(auto_class, checkpoint),
-                getattr(torch, checkpoint.dtype if dtype == "auto" else dtype),
+                skeleton(auto_class, checkpoint, dtype),
+                torch_dtype(checkpoint, dtype),
                 free_memory(gpus),
             )
             logger.info("layers on each GPU: %s", _shares(plan))
@@ -72,19 +78,49 @@ def load_model(
     return model, warnings
 
 
-def skeleton(auto_class: Any, checkpoint: Checkpoint) -> nn.Module:
-    """Return the model as its config describes it, on the meta device: no weight is read."""
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Let the models that are loaded in the block have no weights: see :func:`skeleton`."""
+    token = _WITHOUT_WEIGHTS.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_WEIGHTS.reset(token)
+
+
+def are_weights_left_out() -> bool:
+    """Return whether a model that is loaded now is to have no weights."""
+    return _WITHOUT_WEIGHTS.get()
+
+
+def skeleton(auto_class: Any, checkpoint: Checkpoint, dtype: str = "auto") -> nn.Module:
+    """Return the model as its config describes it, on the meta device: no weight is read.
+
+    Raises:
+        LayersenseError: transformers cannot build it.
+    """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(
-        checkpoint.path, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
-    )
-    with torch.device("meta"):
-        model: nn.Module = auto_class.from_config(
-            config, trust_remote_code=checkpoint.trust_remote_code
+    remote = checkpoint.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(
+            checkpoint.path, local_files_only=True, trust_remote_code=remote
         )
+        with torch.device("meta"):
+            model: nn.Module = auto_class.from_config(config, trust_remote_code=remote)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise LayersenseError(
+            f"{checkpoint.path}: transformers cannot build a model of task {checkpoint.task} from "
+            f"its config ({first_line(error)}); check `task` and the checkpoint's files"
+        ) from error
     model.tie_weights()  # type: ignore[operator]
-    return model.eval()
+    return model.to(torch_dtype(checkpoint, dtype)).eval()
+
+
+def torch_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
+    """Return the type of a checkpoint's weights while they are scored."""
+    found: torch.dtype = getattr(torch, checkpoint.dtype if dtype == "auto" else dtype)
+    return found
 
 
 def _shares(plan: dict[str, int]) -> str:
@@ -118,6 +154,8 @@ def load_weights(
             f"{checkpoint.path}: models of torchvision and ultralytics do not say which layers "
             "must stay on one GPU; set `gpus: 1` in the run"
         )
+    if are_weights_left_out():
+        return model.to(device="meta", dtype=torch_dtype(checkpoint, dtype)).eval(), ()
     name = checkpoint.architecture
     try:
         keys = model.load_state_dict(
@@ -129,8 +167,7 @@ def load_weights(
         ) from error
     refuse_missing(checkpoint, name, sorted(keys.missing_keys))
     warnings = warn_unexpected(checkpoint, name, sorted(keys.unexpected_keys))
-    wanted = checkpoint.dtype if dtype == "auto" else dtype
-    model = model.to(device=device, dtype=getattr(torch, wanted)).eval()
+    model = model.to(device=device, dtype=torch_dtype(checkpoint, dtype)).eval()
     check_finite(checkpoint, model)
     for module in model.modules():
         if getattr(module, "inplace", False):

@@ -158,10 +158,9 @@ def _measure(
         import torch
 
         from layersense.models.tasks import get_task
-        from layersense.models.tasks.protocol import Sampling
         from layersense.quantization.modelopt_formats import require_kernel, validate_format
         from layersense.scoring.engines import get_engine
-        from layersense.scoring.measurement import Measurement
+        from layersense.scoring.measurement import Measurement, sampling_of
 
         seconds = round(time.monotonic() - start, 3)
         logger.info(
@@ -204,14 +203,7 @@ def _measure(
         measurement = Measurement(
             checkpoint=checkpoint,
             task=task,
-            sampling=Sampling(
-                modality=settings["modality"],
-                max_length=sampling["max_length"],
-                min_pixels=sampling.get("min_pixels"),
-                max_pixels=sampling.get("max_pixels"),
-                prompt=sampling.get("prompt", ""),
-                seed=sampling["seed"],
-            ),
+            sampling=sampling_of(settings),
             method=settings["method"],
             calibration_rows=rows,
             score_rows=score_rows,

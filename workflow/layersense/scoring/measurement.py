@@ -3,12 +3,13 @@
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from modelopt.torch.quantization.algorithms import QuantRecipeHparam
 from torch import nn
 
 from layersense.calibration.database import Row
@@ -124,6 +125,28 @@ def format_scores(
         agreement=result.agreement,
         back_offs=list(result.back_offs),
         warnings=list(result.warnings),
+    )
+
+
+def sampling_of(settings: Mapping[str, Any]) -> Sampling:
+    """Return a run's sampling, from its score settings."""
+    sampling = settings["sampling"]
+    return Sampling(
+        modality=settings["modality"],
+        max_length=sampling["max_length"],
+        min_pixels=sampling.get("min_pixels"),
+        max_pixels=sampling.get("max_pixels"),
+        prompt=sampling.get("prompt", ""),
+        seed=sampling["seed"],
+    )
+
+
+def describe_work(groups: Collection[QuantRecipeHparam], formats: Sequence[str]) -> str:
+    """Say what is measured: layer groups, modules, formats, quantizers."""
+    modules = sum(len(hparam.quant_modules) for hparam in groups)
+    return (
+        f"{len(groups)} layer groups of {modules} modules, {len(formats)} formats "
+        f"({2 * modules * len(formats)} quantizers): {', '.join(formats)}"
     )
 
 

@@ -13,7 +13,7 @@ class Progress(progress.Progress):
         what: verb of the phase, such as ``score``.
         total: number of steps.
         unit: what one step is.
-        device: whose memory is shown.
+        device: whose peak memory is shown: the GPU's, or on a CPU the process's.
     """
 
     def __init__(self, what: str, total: int, unit: str, device: torch.device) -> None:
@@ -21,7 +21,5 @@ class Progress(progress.Progress):
         self.device = device
 
     def note(self) -> str:
-        """Return the peak of the GPU's memory."""
-        if self.device.type != "cuda":
-            return ""
+        """Return the peak of the memory."""
         return f", {peak_memory_bytes(self.device) / 2**30:.1f} GiB"

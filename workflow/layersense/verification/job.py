@@ -211,8 +211,9 @@ def _measure(
         from layersense.models.tasks import get_task
         from layersense.quantization.modelopt_formats import require_kernel
         from layersense.scoring.environment import describe_environment, peak_memory_bytes
+        from layersense.scoring.measurement import sampling_of
         from layersense.verification.measure import Measurer
-        from layersense.verification.replay import Switchboard, calibration_of, sampling_of
+        from layersense.verification.replay import Switchboard, calibration_of
 
         seconds = {"import": time.monotonic() - start}
         if threads:

@@ -18,11 +18,12 @@ from layersense.calibration.database import Row, open_database
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
 from layersense.models.tasks import get_task
-from layersense.models.tasks.protocol import Batch, Loaded, Sampling, Task
+from layersense.models.tasks.protocol import Batch, Loaded, Task
 from layersense.quantization.formats import Format
 from layersense.quantization.kv_cache import KV_CACHES, QUANTIZERS
 from layersense.quantization.modelopt_formats import modelopt_attributes
 from layersense.recipes.quant_config import Cache, Part, QuantConfig, make_parts
+from layersense.scoring.measurement import sampling_of
 
 Quantizers = dict[str, nn.Module]
 """Attribute of a module, such as ``weight_quantizer``, → quantizer."""
@@ -369,16 +370,4 @@ def calibration_of(
         ),
         torch.device(settings["device"]),
         dtype,
-    )
-
-
-def sampling_of(settings: Mapping[str, Any]) -> Sampling:
-    """Return a run's sampling, from its score settings."""
-    sampling = settings["sampling"]
-    return Sampling(
-        modality=settings["modality"],
-        max_length=sampling["max_length"],
-        min_pixels=sampling.get("min_pixels"),
-        max_pixels=sampling.get("max_pixels"),
-        prompt=sampling.get("prompt", ""),
     )

@@ -20,13 +20,14 @@ from layersense.quantization.formats import Format
 from layersense.scoring.fused.attention import batch_windows
 from layersense.scoring.fused.fit import (
     FULL,
-    HELD_FACTOR,
     Pass,
     can_checkpoint,
     couples_samples,
+    expected_bytes,
     missing_memory,
     smaller,
 )
+from layersense.scoring.fused.held import expected_peaks, held_by_shapes
 from layersense.scoring.fused.quantizers import Quantizers
 from layersense.scoring.fused.taps import Taps
 from layersense.scoring.inventory import Inventory, take_inventory
@@ -35,6 +36,7 @@ from layersense.scoring.measurement import (
     Measurement,
     Result,
     collected_warnings,
+    describe_work,
     floating_dtype,
     format_scores,
     load,
@@ -284,7 +286,7 @@ class _Engine:
         allocated = sum(map(torch.cuda.memory_allocated, gpus))
         usable = sum(torch.cuda.mem_get_info(g)[0] + torch.cuda.memory_reserved(g) for g in gpus)
         torch.cuda.empty_cache()
-        return allocated + HELD_FACTOR * held, usable
+        return expected_bytes(allocated, held), usable
 
     def _coupled(self) -> list[QuantRecipe]:
         return [r for r, format in self.quantizers.formats.items() if couples_samples(format)]
@@ -433,17 +435,21 @@ class _Engine:
         )
 
     def _log_start(self, n_calibration: int, n_scoring: int) -> None:
-        groups = self.quantizers.groups.values()
-        modules = sum(len(hparam.quant_modules) for hparam in groups)
-        logger.info(
-            "%d layer groups of %d modules, %d formats (%d quantizers): %s",
-            len(groups),
-            modules,
-            len(self.formats),
-            2 * modules * len(self.quantizers.formats),
-            ", ".join(format.name for format in self.formats),
-        )
+        names = [format.name for format in self.formats]
+        logger.info("%s", describe_work(self.quantizers.groups.values(), names))
         logger.info("%d calibration and %d scoring batches", n_calibration, n_scoring)
+        groups, batch = self.quantizers.groups, self.scoring.batches[0]
+        config = getattr(self.model, "config", None)
+        held = held_by_shapes(groups, self.task.describe, batch, config)
+        if held is not None:
+            kept, recomputed = expected_peaks(self.model, groups, held, batch.n_tokens)
+            logger.info(
+                "expected peak memory about %.3g GiB%s",
+                kept / 2**30,
+                ""
+                if recomputed is None
+                else f", {recomputed / 2**30:.3g} GiB if activations are recomputed",
+            )
 
     def _log_seconds(self) -> None:
         logger.info(

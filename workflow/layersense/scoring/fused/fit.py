@@ -15,6 +15,9 @@ from layersense.scoring.scores import Fit
 HELD_FACTOR = 2.2
 """Memory of a pass without checkpointing, as a multiple of all X and Y that taps hold: autograd
 keeps about as much for the operations between them. Seen: Qwen2.5-VL, Llama."""
+LOSS_COPIES = 3
+"""Float32 tensors of the size of the supervised logits that a cross entropy and its gradient take.
+Seen: 151,936 and 128,256 classes."""
 FULL = 0.92
 """Share of the free memory above which a pass is expected not to fit."""
 
@@ -67,6 +70,35 @@ def _part(what: Pass, recipes: tuple[QuantRecipe, ...], note: str, **changes: in
     """Return a pass of some formats of another, with what was changed and why."""
     fit = msgspec.structs.replace(what.fit, formats=len(recipes), **changes)
     return Pass(recipes, fit, (*what.back_offs, note))
+
+
+def expected_bytes(weights: float, held: float, logits: int = 0) -> float:
+    """Return the memory that a pass is expected to need where activations are kept.
+
+    Args:
+        weights: bytes of the weights, and of whatever else is there before a pass.
+        held: bytes of all X and Y that taps hold.
+        logits: how many logits are supervised.
+    """
+    return weights + HELD_FACTOR * held + LOSS_COPIES * 4 * logits
+
+
+def expected_bytes_recomputed(
+    weights: float, outside: float, blocks: Sequence[tuple[float, float]], logits: int = 0
+) -> float:
+    """Return the same where activations of checkpointed blocks are recomputed.
+
+    One block's activations are there at a time, and every block's input.
+
+    Args:
+        weights: as above.
+        outside: bytes of X and Y outside of the blocks, such as those of the head.
+        blocks: bytes of each block's input, and of all X and Y within it.
+        logits: as above.
+    """
+    inputs = sum(block[0] for block in blocks)
+    largest = max((block[1] for block in blocks), default=0.0)
+    return expected_bytes(weights, outside + largest, logits) + inputs
 
 
 def couples_samples(format: Format) -> bool:
