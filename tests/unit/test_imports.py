@@ -351,6 +351,17 @@ def test_a_broken_manifest_is_one_sentence_and_leaves_nothing(
     assert validate_manifest(bad)
 
 
+def test_a_name_makes_no_line_of_its_own(tmp_path: Path) -> None:
+    """Found by fuzzing: a handle with a line break looked like a line of another message."""
+    name = "a\nerror: forged\x1b[2J\u2028"
+    sensitivity = {name: None, f"{name}.quant_recipe": {"formats": [], "scores": [], "costs": []}}
+    file = write(tmp_path, foreign(layer_sensitivity=sensitivity))
+    for problem in validate_manifest(file):
+        assert problem.isprintable()
+    with pytest.raises(LayersenseError, match=r"a\\nerror: forged\\x1b\[2J\\u2028"):
+        import_manifest(file)
+
+
 def test_several_broken_ones_are_told_together(tmp_path: Path) -> None:
     bad = [write(tmp_path, "[]", f"{index}.json") for index in range(3)]
     with pytest.raises(LayersenseError) as error:

@@ -1,6 +1,7 @@
 """Checkpoints are found, inspected and refused in one sentence, without torch."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from huggingface_hub import errors
 from safetensors.numpy import load_file, save_file
 
+from hub_server import hub
 from layersense.config import CheckpointModel, DemoModel
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import (
@@ -289,3 +291,42 @@ def test_a_pickle_of_ultralytics_needs_consent(tmp_path: Path) -> None:
         as_pickle("m", CheckpointModel(**keys))
     assert as_pickle("m", CheckpointModel(**keys, trust_remote_code=True)) == pickled
     assert as_pickle("m", llama(checkpoint=str(tmp_path))) is None
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", "a/b", 3])
+def test_an_index_names_files_beside_it_alone(folder: Path, name: object) -> None:
+    other = folder.parent / "other"
+    other.mkdir()
+    shutil.copy(folder / "model-00001-of-00002.safetensors", other / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    assert f"{index}: names {name!r}, but a file beside it was expected" in refusal(folder)
+
+
+@pytest.mark.slow
+def test_jobs_that_start_together_fetch_each_file_once(folder: Path, tmp_path: Path) -> None:
+    """Workflows of several people, or several nodes, with one hub cache."""
+    settings = llama(checkpoint="owner/llm").model_dump_json()
+    command = [sys.executable, "-m", "layersense", "model", "llm", "--settings", settings]
+    asked: list[str] = []
+    with hub("slow", folder, asked) as address:
+        environment = {
+            **os.environ,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_ENDPOINT": address,
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        jobs = [
+            subprocess.Popen(
+                [*command, "--out", str(tmp_path / f"{number}.json")],
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(4)
+        ]
+        told = [job.communicate(timeout=120)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * 4, told
+    records = {(tmp_path / f"{number}.json").read_text() for number in range(4)}
+    assert len(records) == 1
+    assert sorted(asked) == sorted(file.name for file in folder.iterdir())

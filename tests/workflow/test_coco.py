@@ -78,7 +78,7 @@ def test_a_dataset_fetches_what_it_draws(new_study: Project, tmp_path: Path) -> 
         server.files["/notes.zip"] = buffer.getvalue()
         coco = {
             "source": "coco",
-            "root": "data of mine/coco; touch pwned",
+            "root": "data of mine/$(touch pwned) `touch pwned` {wildcards} {run}\n; touch pwned",
             "calibration": 8,
             "heldout": 2,
             "fetch": {"annotations": f"{server.address}/notes.zip"},

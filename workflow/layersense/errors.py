@@ -8,3 +8,11 @@ class LayersenseError(Exception):
     command line prints it first and without a traceback; anything else that escapes is a bug of
     ours and keeps its traceback.
     """
+
+
+def one_line(text: str) -> str:
+    """Return ``text`` with control characters written out as escapes.
+
+    A name of a foreign file must not make a line of its own in a message or a log.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

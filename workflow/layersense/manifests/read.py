@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from layersense.errors import LayersenseError
+from layersense.errors import LayersenseError, one_line
 from layersense.manifests.modelopt_state import SUFFIXES, read_state
 from layersense.manifests.schema import (
     SCHEMA_VERSION,
@@ -123,7 +123,7 @@ def read_manifest(path: str | Path) -> NormalManifest:
         content = _state_as_manifest(Path(path), content)
     problem = next(_foreign_problems(content), None)
     if problem:
-        raise LayersenseError(f"{path}: {problem}")
+        raise LayersenseError(f"{path}: {one_line(problem)}")
     return _foreign(Path(path), content)
 
 
@@ -146,11 +146,11 @@ def validate_manifest(path: str | Path) -> list[str]:
         if "candidate_stats" in content:
             content = _state_as_manifest(Path(path), content)
         if "schema_version" not in content:
-            return [f"{path}: {problem}" for problem in _foreign_problems(content)]
+            return [f"{path}: {one_line(problem)}" for problem in _foreign_problems(content)]
         manifest = _decode(path, content)
     except LayersenseError as error:
         return [str(error)]
-    return [f"{path}: {problem}" for problem in _own_problems(manifest)]
+    return [f"{path}: {one_line(problem)}" for problem in _own_problems(manifest)]
 
 
 def encode_imported(manifest: NormalManifest) -> bytes:

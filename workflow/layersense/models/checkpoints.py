@@ -417,6 +417,11 @@ def _weight_files(folder: Path) -> list[Path]:
                 "original checkpoint"
             ) from error
         for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise LayersenseError(
+                    f"{index}: names {name!r}, but a file beside it was expected; copy it again "
+                    "from the original checkpoint"
+                )
             if not (folder / name).is_file():
                 raise LayersenseError(
                     f"{folder / name}: is named in {index.name} but missing; copy it from the "
