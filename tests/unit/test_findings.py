@@ -200,8 +200,24 @@ def test_stability_agrees_with_repeated_sampling():
     assert len(top) == 10
     assert 0.05 < probability < 1
     assert probability == pytest.approx(changed / 2000, abs=0.06)
-    for handle, share in stability.probability.items():
-        assert share == pytest.approx(counts[handle] / 2000, abs=0.06)
+    for handle, group in manifest.layer_sensitivity.items():
+        assert group.top_probability == pytest.approx(counts[handle] / 2000, abs=0.06)
+
+
+def test_no_probability_where_there_is_no_ranking():
+    scores = sf.make_scores(formats=(FP8,))
+    missed = "model.visual.patch_embed.proj"
+    sf.set_reached(scores, missed, "no_gradient")
+    scheme = config.Scheme(quant_formats=[FP8], effective_bits=16)
+    groups = build_manifest(scores, "demo", "mix", scheme, {}).layer_sensitivity
+    assert groups[f"{missed}.quant_recipe"].top_probability is None
+    known = [g.top_probability for g in groups.values() if g.top_probability is not None]
+    assert sorted(known) == [0.0] * 5 + [1.0]
+    for group in scores.formats[FP8].groups.values():
+        group.batch_scores = group.batch_scores[:1]
+    scores.formats[FP8].batches.tokens = [10]
+    single = build_manifest(scores, "demo", "mix", scheme, {}).layer_sensitivity
+    assert {group.top_probability for group in single.values()} == {None}
 
 
 def test_halves_of_the_data_that_name_other_groups_are_told():

@@ -53,6 +53,7 @@ COLUMNS = [
     "score_share",
     "rank",
     "n_batches",
+    "top_probability",
     "cost",
     "cost_none",
     "score_per_mb_saved",
@@ -94,6 +95,7 @@ def test_numbers_by_hand(table):
     assert row.score == pytest.approx(score)
     assert row.score_share == pytest.approx(score / total)
     assert (row["rank"], row.n_batches, row.n_weights) == (1, 4, 131072)
+    assert row.top_probability == 1.0
     assert (row.cost, row.cost_none) == (65536, 131072)
     # 8 of 16 bits of 131,072 weights: one byte each.
     assert row.score_per_mb_saved == pytest.approx(score / 0.131072)
@@ -126,7 +128,7 @@ def test_unreached_and_unknown_scores_have_no_rank(tmp_path):
 
 def test_metadata_compression_and_dictionaries(table):
     schema = pq.read_schema(table)
-    assert schema.metadata[b"layersense.schema_version"] == b"4"
+    assert schema.metadata[b"layersense.schema_version"] == b"5"
     assert set(read_units(table)) <= set(COLUMNS)
     for field in schema:
         assert not pa.types.is_string(field.type), f"{field.name} is not dictionary-encoded"

@@ -58,6 +58,8 @@ class NormalGroup(msgspec.Struct, kw_only=True):
     selected: str | None
     reason: str | None = None
     """Why it may not be quantized; None if the solver decided."""
+    top_probability: float | None = None
+    """Probability that it is among the most sensitive groups."""
 
     @property
     def importance(self) -> float | None:
@@ -287,6 +289,7 @@ def _own(manifest: Manifest) -> NormalManifest:
                 kind=group.kind,
                 selected=plain_name(group.selected),
                 reason=manifest.layers[group.module_names[0]].reason,
+                top_probability=group.top_probability,
             )
             for handle, group in manifest.layer_sensitivity.items()
         ],

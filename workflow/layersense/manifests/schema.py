@@ -81,6 +81,9 @@ class LayerSensitivity(msgspec.Struct, kw_only=True):
     """Cost of each format in the unit of the budget; None where that is ``costs`` (bits)."""
     flips_to: str | None = None
     """Format that the group could take within the noise of the scores instead of the chosen one."""
+    top_probability: float | None = None
+    """Probability, by resampling the batches, that the group belongs to the most sensitive ones (as
+    many as findings speak of); None where it is not ranked or there are fewer than two batches."""
 
 
 class Budget(msgspec.Struct, kw_only=True):

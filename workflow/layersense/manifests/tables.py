@@ -14,9 +14,10 @@ from layersense.files import atomic_path, canonical_json
 from layersense.manifests.about import ABOUT_KEY, describe, versions
 from layersense.manifests.read import NormalGroup, NormalManifest, read_manifest
 from layersense.manifests.schema import Manifest
+from layersense.manifests.stability import TOP
 from layersense.quantization.formats import NONE
 
-TABLE_VERSION = 4
+TABLE_VERSION = 5
 BYTES_PER_COST = 2
 """ModelOpt's cost is elements × bits / 16, that is, units of two bytes."""
 
@@ -31,6 +32,8 @@ UNITS = {
     "score_solver": "score, made monotone over the scheme's formats by compression",
     "score_share": "of the total in this run, scheme and format, 0 to 1",
     "rank": "1 = most sensitive in this run, scheme and format",
+    "top_probability": f"probability, by resampling the batches, that the group is among the {TOP} "
+    "most sensitive of its run and scheme (a quarter of the groups, if that is fewer)",
     "cost": "elements × bits / 16, that is, units of 2 bytes",
     "cost_none": "cost of the unquantized group",
     "score_per_mb_saved": "score for each 10^6 bytes saved against NONE",
@@ -51,6 +54,7 @@ LAYERS = pa.schema(
         *((name, pa.float64()) for name in ("score", "score_se", "score_solver", "score_share")),
         ("rank", pa.int32()),
         ("n_batches", pa.int32()),
+        ("top_probability", pa.float64()),
         *((name, pa.float64()) for name in ("cost", "cost_none", "score_per_mb_saved")),
         ("selected", pa.bool_()),
         ("reason", _NAME),
@@ -157,6 +161,7 @@ def layers_table(manifest: NormalManifest) -> pa.Table:
                     "score_share": shares.get((group.handle, name)),
                     "rank": ranks.get((group.handle, name)),
                     "n_batches": group.n_batches[index],
+                    "top_probability": group.top_probability,
                     "cost": cost,
                     "cost_none": cost_none,
                     "score_per_mb_saved": score / saved

@@ -235,7 +235,13 @@ def build_manifest(
         },
     )
     manifest.num_quantized_layers = sum(layer.quantized for layer in manifest.layers.values())
-    manifest.findings = find(Evidence(scores, manifest, settings))
+    evidence = Evidence(scores, manifest, settings)
+    if stability := evidence.stability:
+        for ranked in manifest.sensitivity_ranking:
+            # Of those that are not named, no resample could lift one into the set.
+            probability = stability.probability.get(ranked.name, 0.0)
+            manifest.layer_sensitivity[ranked.name].top_probability = probability
+    manifest.findings = find(evidence)
     return manifest
 
 
