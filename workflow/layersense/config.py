@@ -219,8 +219,25 @@ class CostTable(Section):
     """What the costs are, for reports."""
 
 
+class SearchSpace(Section):
+    """Layers that choose from formats of their own."""
+
+    layers: list[str] = Field(min_length=1)
+    """The layers, as shell patterns on module names; of a layer group all or none must match."""
+    quant_formats: list[str] = Field(min_length=1)
+    """Formats that they may take, instead of the scheme's."""
+    unquantized: bool = True
+    """Whether they may stay unquantized."""
+
+
 class Scheme(Section):
     """What to decide: which formats may be used, where, and at which budget. Names no data."""
+
+    recipe: str | None = None
+    """A search recipe of ModelOpt, `general/auto_quantize/…` or a file of that form, that stands
+    for `quant_formats`, `effective_bits`, `exclude`, `cost_excluded`, `active_expert_ratio`,
+    `search_spaces` and `kv_cache`; what is written beside it takes precedence. Method and samples
+    are the run's."""
 
     quant_formats: list[str] = Field(min_length=1)
     """Formats that a layer may take, beside staying unquantized."""
@@ -243,6 +260,15 @@ class Scheme(Section):
     """Layers that may be quantized, as shell patterns on module names."""
     exclude: list[str] = []
     """Layers that stay unquantized, as shell patterns on module names."""
+    search_spaces: list[SearchSpace] = []
+    """Layers that choose from other formats than `quant_formats`; one layer matches one entry at
+    most."""
+    cost_excluded: list[str] = []
+    """Layers that `effective_bits` does not count, as shell patterns on module names: they are
+    searched, and neither their weights nor their bits enter the average."""
+    active_expert_ratio: float | None = Field(None, gt=0, le=1)
+    """Share of the routed experts that a token runs through: `effective_bits` counts their weights
+    by that much, as ModelOpt's cost model `active_moe`; default all of them."""
     routers: bool = False
     """Whether the routers of a mixture of experts may be quantized."""
     unreached: Literal["keep", "quantize"] = "keep"
@@ -257,6 +283,12 @@ class Scheme(Section):
     """Format of a language model's key-value cache, applied uniformly after the layers have theirs;
     `_cast` takes the type's own range instead of a calibrated one. It costs no bit of the budget
     and is part of verification, `quant_config.json` and `recipe.yaml`."""
+
+    @property
+    def all_formats(self) -> list[str]:
+        """Every format that some layer may take."""
+        spaces = (name for space in self.search_spaces for name in space.quant_formats)
+        return list(dict.fromkeys([*self.quant_formats, *spaces]))
 
 
 class Verify(Section):

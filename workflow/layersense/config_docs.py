@@ -44,7 +44,11 @@ _SECTIONS: dict[str, tuple[tuple[str, type[BaseModel]], ...]] = {
         ("The demo model", models.DemoModel),
     ),
     "formats": (("", models.OwnFormat),),
-    "schemes": (("", models.Scheme), ("`cost_table` of a scheme", models.CostTable)),
+    "schemes": (
+        ("", models.Scheme),
+        ("`search_spaces` of a scheme", models.SearchSpace),
+        ("`cost_table` of a scheme", models.CostTable),
+    ),
     "runs": (("", models.Run), ("`verify` of a run", models.Verify)),
     "manifests": (("", models.ImportedManifest),),
     "report": (("", models.Report),),

@@ -146,7 +146,7 @@ def _gpus(config: Config | None) -> Iterator[Line]:
 
 
 def _native_formats(config: Config, capability: tuple[int, ...]) -> Iterator[Line]:
-    used = {name for scheme in config.schemes.values() for name in scheme.quant_formats}
+    used = {name for scheme in config.schemes.values() for name in scheme.all_formats}
     simulated = sorted(
         name
         for name in used

@@ -6,7 +6,7 @@ holds no label and no resource, and defaults are resolved to what they mean, so 
 default out, renaming nothing but a label, or giving a job more memory re-runs nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,18 @@ def scheme_settings(config: Config, run: str, scheme: str) -> dict[str, Any]:
     measured again anyway, except under ``frozen``, where it is what findings compare with.
     """
     formats = _scheme_formats(config, scheme)
+    entry = config.schemes[scheme]
+
+    def resolved(names: Iterable[str]) -> list[str]:
+        return list(dict.fromkeys(resolve_format(name, config.formats).name for name in names))
+
     return {
-        **config.schemes[scheme].model_dump(mode="json"),
-        "quant_formats": list(formats),
+        **entry.model_dump(mode="json"),
+        "quant_formats": resolved(entry.quant_formats),
+        "search_spaces": [
+            {**space.model_dump(mode="json"), "quant_formats": resolved(space.quant_formats)}
+            for space in entry.search_spaces
+        ],
         "method": config.runs[run].method,
         "solver_version": SOLVER_VERSION,
         "expected": {"settings": score_settings(config, run), "formats": formats},
@@ -259,7 +268,5 @@ def _samples(config: Config, run: Run, modality: str) -> tuple[int | None, int]:
 
 
 def _scheme_formats(config: Config, scheme: str) -> dict[str, dict[str, Any]]:
-    resolved = [
-        resolve_format(name, config.formats) for name in config.schemes[scheme].quant_formats
-    ]
+    resolved = [resolve_format(name, config.formats) for name in config.schemes[scheme].all_formats]
     return {format.name: format_settings(format) for format in resolved}

@@ -28,6 +28,7 @@ from layersense.quantization.formats import (
     resolve_format,
 )
 from layersense.quantization.kv_cache import CACHE_TASKS, KV_CACHES, needs_cuda
+from layersense.recipes.search_recipe import scheme_of
 from layersense.recipes.targets import TARGETS, reads
 
 Path_ = tuple[str | int, ...]
@@ -170,7 +171,9 @@ def load_config(data: Mapping[str, Any], file: str, *, check_files: bool = True)
         LayersenseError: a heading, then one line for each problem: file, key path, what was
             expected, what was found, and the nearest valid word.
     """
-    plain = dict(data)
+    plain = {**data, "schemes": _expanded(data.get("schemes"), file)}
+    if "schemes" not in data:
+        del plain["schemes"]
     checker = _Checker(plain, check_files)
     config: Config | None = None
     try:
@@ -183,6 +186,28 @@ def load_config(data: Mapping[str, Any], file: str, *, check_files: bool = True)
         heading = f"the config has {len(lines)} problem{'s' if len(lines) > 1 else ''}:"
         raise LayersenseError("\n  ".join([heading, *lines]))
     return config
+
+
+def _expanded(schemes: Any, file: str) -> Any:
+    """Return schemes with the keys that their search recipes stand for.
+
+    Raises:
+        LayersenseError: a recipe cannot be read, or asks for what a scheme cannot say.
+    """
+    if not isinstance(schemes, dict):
+        return schemes
+    expanded = {}
+    for name, scheme in schemes.items():
+        expanded[name] = scheme
+        if isinstance(scheme, dict) and isinstance(recipe := scheme.get("recipe"), str):
+            try:
+                keys = scheme_of(recipe)
+            except LayersenseError as error:
+                raise LayersenseError(f"{file}: schemes.{name}.recipe: {error}") from None
+            if any(scheme.get(key) is not None for key in BUDGETS):
+                del keys["effective_bits"]
+            expanded[name] = {**keys, **scheme}
+    return expanded
 
 
 def check_gpus(config: Config, gpus: int | None) -> list[str]:
@@ -449,6 +474,17 @@ class _Checker:
                 self.add((*path, "quant_formats", i), f"names the format `{format.name}` twice")
             else:
                 formats.append(format)
+        for i, space in enumerate(scheme.get("search_spaces", ())):
+            for j, word in enumerate(space.get("quant_formats", ()) if space else ()):
+                format = self._resolve(word, (*path, "search_spaces", i, "quant_formats", j))
+                if format is None:
+                    whole = False
+                elif format not in formats:
+                    formats.append(format)
+        if scheme.get("effective_bits") is None:
+            for key in ("cost_excluded", "active_expert_ratio"):
+                if scheme.get(key):
+                    self.add((*path, key), "is for a budget in `effective_bits`; leave it out")
         self._check_target(path, scheme, formats)
         self._check_budget(path, scheme)
         bits = scheme.get("effective_bits")
@@ -580,7 +616,7 @@ class _Checker:
                 )
         if run.get("device") == "cpu":
             for scheme in seen:
-                for word in self.part("schemes", scheme).get("quant_formats", ()):
+                for word in _format_words(self.part("schemes", scheme)):
                     if isinstance(word, str) and (format := self.resolved.get(word)):
                         try:
                             check_device(format, "cpu")
@@ -623,7 +659,7 @@ class _Checker:
                     [str(name) for name in schemes],
                 )
                 continue
-            for word in self.part("schemes", scheme).get("quant_formats", ()):
+            for word in _format_words(self.part("schemes", scheme)):
                 format = self.resolved.get(word) if isinstance(word, str) else None
                 if format is not None and writes(format) is None:
                     self.add(
@@ -805,6 +841,14 @@ class _Any:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+def _format_words(scheme: Part) -> list[Any]:
+    """Return all formats that a scheme names."""
+    words = list(scheme.get("quant_formats", ()))
+    for space in scheme.get("search_spaces", ()):
+        words += space.get("quant_formats", ()) if isinstance(space, dict) else ()
+    return words
 
 
 def _key_path(path: Path_) -> str:

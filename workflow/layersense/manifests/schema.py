@@ -37,6 +37,10 @@ class Scheme(msgspec.Struct, kw_only=True):
     """What the recipe is to run on."""
     kv_cache: str = "none"
     """Format of the key-value cache, the same for all layers."""
+    recipe: str | None = None
+    """ModelOpt's search recipe that it was made from."""
+    cost_excluded: list[str] = []
+    active_expert_ratio: float | None = None
 
 
 class Layer(msgspec.Struct, kw_only=True):
@@ -95,6 +99,9 @@ class Budget(msgspec.Struct, kw_only=True):
     """As asked, in ``unit``."""
     used: float
     """By the choice, in ``unit``."""
+    counted_weights: float | None = None
+    """Weights that ``effective_bits`` averages over, where they are not all that was searched:
+    those left out count 0, routed experts by the share that a token runs through."""
     fixed: float = 0.0
     """Share of ``used`` that no choice changes, such as the embeddings of a checkpoint."""
     per_cost: float = 1.0

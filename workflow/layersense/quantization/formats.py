@@ -30,6 +30,8 @@ from layersense.quantization.pairs import grid, is_pair, parse_pair
 NONE = "NONE"
 """The name of "not quantized", which every layer group can take."""
 REGISTRY = Path(__file__).with_name("registry.json")
+LIBRARY = Path(__file__).with_name("recipe_library.json")
+"""ModelOpt's YAML files that its search recipes are made of, under their paths in its library."""
 
 Attributes = dict[str, Any]
 """Attributes of one quantizer, in JSON: ModelOpt's `QuantizerAttributeConfig` without those that

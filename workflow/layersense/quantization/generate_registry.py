@@ -6,17 +6,23 @@
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization.config as mtq_config
+import yaml
+from modelopt.torch.opt.config_loader import BUILTIN_CONFIG_ROOT
 from modelopt.torch.quantization.model_quant import _AUTO_QUANTIZE_SUPPORTED_ALGORITHMS
 from modelopt.torch.quantization.nn import QuantLinearConvBase, QuantModuleRegistry
 from torch import nn
 
 from layersense.files import write_json
-from layersense.quantization.formats import REGISTRY, all_layers_name
+from layersense.quantization.formats import LIBRARY, REGISTRY, all_layers_name
 from layersense.quantization.modelopt_formats import algorithm_configs
 
+LIBRARY_FOLDERS = (
+    "general/auto_quantize", "configs/auto_quantize", "configs/numerics", "configs/ptq",
+)  # fmt: skip
 # Configs that quantize only the layers they name: copies of others once that is dropped.
 _LIMITED = ("_MLP_", "_OMLP_", "_EXPERTS_ONLY_", "MAMBA_")
 
@@ -61,6 +67,18 @@ def generate() -> dict[str, Any]:
         "formats": dict(sorted(formats.items())),
         "refused": refused,
     }
+
+
+def generate_library() -> dict[str, list[Any]]:
+    """Return the search recipes that come with ModelOpt and what they can import, as documents."""
+    found = {}
+    for place in LIBRARY_FOLDERS:
+        folder = BUILTIN_CONFIG_ROOT.joinpath(place)
+        for file in sorted(Path(str(folder)).rglob("*.yaml")):
+            path = file.relative_to(Path(str(BUILTIN_CONFIG_ROOT))).with_suffix("").as_posix()
+            documents = list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
+            found[path] = json.loads(json.dumps(documents))
+    return found
 
 
 def _is_limited(base: str) -> bool:
@@ -116,3 +134,4 @@ def _excluded_classes() -> list[str]:
 
 if __name__ == "__main__":
     write_json(REGISTRY, generate())
+    write_json(LIBRARY, generate_library())

@@ -2,8 +2,9 @@
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import fsum
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from layersense.errors import LayersenseError
 from layersense.manifests.schema import SUFFIX, LayerSensitivity, plain_name
 from layersense.manifests.tables import BYTES_PER_COST
 from layersense.quantization.formats import NONE
+from layersense.quantization.layers import describe_layer
 from layersense.scoring.scores import NONE_BITS, Scores
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -82,6 +84,8 @@ class Limit:
     fixed: float
     per_cost: float
     size: CheckpointSize
+    counted_weights: float | None = None
+    """Weights that an average counts, where they are not all that was searched."""
 
     @property
     def room(self) -> float:
@@ -128,9 +132,38 @@ def budget_of(
         raise LayersenseError(
             f"{where}: has no budget; set effective_bits, size_gb or cost_table of the scheme"
         )
-    total = fsum(group.n_weights for group in scores.groups.values())
     bits = scheme.effective_bits
-    return Limit("bits", "effective_bits", "effective bits", bits, 0.0, NONE_BITS / total, size)
+    total = fsum(group.n_weights for group in scores.groups.values())
+    if not scheme.cost_excluded and scheme.active_expert_ratio is None:
+        return Limit("bits", "effective_bits", "effective bits", bits, 0.0, NONE_BITS / total, size)
+    counted = 0.0
+    for group in sensitivity.values():
+        weight = cost_weight(group.module_names, scheme)
+        counted += weight * group.n_weights
+        group.budget_costs = [weight * cost for cost in group.costs]
+    if not counted:
+        raise LayersenseError(
+            f"{where}: cost_excluded leaves out every layer, so that there is nothing to average "
+            "bits over; leave some in"
+        )
+    per_cost = NONE_BITS / counted
+    return Limit("bits", "effective_bits", "effective bits", bits, 0.0, per_cost, size, counted)
+
+
+def cost_weight(names: Sequence[str], scheme: config.Scheme) -> float:
+    """Return by how much a group's weights count in ``effective_bits``.
+
+    As ``AutoQuantizeCostModel`` and ``ActiveMoECostModel`` of ModelOpt: nothing where all of its
+    modules are left out, the share of active experts where one is a routed expert.
+    """
+    if scheme.cost_excluded and all(
+        any(fnmatchcase(name, pattern) for pattern in scheme.cost_excluded) for name in names
+    ):
+        return 0.0
+    routed = any(
+        describe_layer([name]).kind == "experts" and "shared_expert" not in name for name in names
+    )
+    return scheme.active_expert_ratio if routed and scheme.active_expert_ratio else 1.0
 
 
 def read_cost_table(path: Path) -> dict[tuple[str, str], float]:

@@ -56,8 +56,10 @@ class _Group:
     reached: Reached
     kept: str | None = None
     """Why it may not be quantized; None if the solver decides."""
-    barred: dict[str, str] = field(default_factory=dict)
-    """Format → why the scheme's target does not let it take that."""
+    withheld: set[str] = field(default_factory=set)
+    """Formats that the scheme gives to other layers alone."""
+    must: bool = False
+    """Whether it may not stay unquantized."""
 
     @property
     def importance(self) -> float | None:
@@ -123,9 +125,9 @@ def build_manifest(
     """
     where = f"run {run}, scheme {scheme_name}"
     left_out = {
-        name: scores.left_out[name] for name in scheme.quant_formats if name in scores.left_out
+        name: scores.left_out[name] for name in scheme.all_formats if name in scores.left_out
     }
-    measured = [name for name in scheme.quant_formats if name not in left_out]
+    measured = [name for name in scheme.all_formats if name not in left_out]
     if not measured:
         name, reason = next(iter(left_out.items()))
         raise LayersenseError(
@@ -151,6 +153,7 @@ def build_manifest(
     )
     groups = {handle: _group(scores, handle, formats) for handle in scores.groups}
     _keep(scores, groups, scheme)
+    _limit_formats(scores, groups, scheme, where)
     sensitivity = {handle: _sensitivity(scores, handle, group) for handle, group in groups.items()}
     limit = budget_of(scheme, scores, sensitivity, where)
     tokens = {name: scores.formats[name].batches.tokens for name in formats}
@@ -189,7 +192,7 @@ def build_manifest(
     manifest = Manifest(
         scheme=Scheme(
             name=scheme_name,
-            quant_formats=list(scheme.quant_formats),
+            quant_formats=scheme.all_formats,
             effective_bits=scheme.effective_bits,
             auto_quantize_bits=scheme.effective_bits,
             auto_quantize_method=scores.method,
@@ -203,6 +206,9 @@ def build_manifest(
             risk=scheme.risk,
             target=scheme.target,
             kv_cache=scheme.kv_cache,
+            recipe=scheme.recipe,
+            cost_excluded=list(scheme.cost_excluded),
+            active_expert_ratio=scheme.active_expert_ratio,
         ),
         run_name=run,
         model=scores.model,
@@ -327,6 +333,39 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def _limit_formats(
+    scores: Scores, groups: Mapping[str, _Group], scheme: config.Scheme, where: str
+) -> None:
+    """Give each group the formats of its search space, or the scheme's.
+
+    Raises:
+        LayersenseError: an entry matches a part of a group, or several match one.
+    """
+    for handle, group in groups.items():
+        names = scores.groups[handle].module_names
+        matched = []
+        for number, space in enumerate(scheme.search_spaces):
+            hits = [_matches(name, space.layers) for name in names]
+            if any(hits) and not all(hits):
+                raise LayersenseError(
+                    f"{where}: search_spaces[{number}] matches {names[hits.index(True)]} and not "
+                    f"{names[hits.index(False)]}, which must share a format; match all or none"
+                )
+            if any(hits):
+                matched.append(space)
+        if len(matched) > 1:
+            raise LayersenseError(
+                f"{where}: {len(matched)} entries of search_spaces match {names[0]}; make their "
+                "patterns disjoint"
+            )
+        own = matched[0].quant_formats if matched else scheme.quant_formats
+        group.withheld = set(group.formats) - {NONE, *own}
+        left = [name for name in group.formats if name != NONE and name not in group.withheld]
+        group.must = bool(matched and not matched[0].unquantized and group.kept is None and left)
+        if group.kept is None and not left:
+            group.kept = "no format that the scheme gives it applies to it"
+
+
 def _bar(
     groups: Mapping[str, _Group],
     sensitivity: Mapping[str, LayerSensitivity],
@@ -339,6 +378,11 @@ def _bar(
             allowed and name not in formats
             for name, allowed in zip(group.formats, entry.allowed, strict=True)
         ]
+        if not any(entry.allowed):
+            raise LayersenseError(
+                f"{entry.module_names[0]}: must be quantized (search_spaces, unquantized: false) "
+                f"and {next(iter(formats.values()))}; allow it to stay, or give it other formats"
+            )
         if group.kept is None and not any(entry.allowed[:-1]):
             group.kept = "; ".join(
                 dict.fromkeys(formats[name] for name in group.formats if name in formats)
@@ -411,6 +455,7 @@ def _choose(
             used=limit.used(menu.budget_cost(solution.choice)),
             fixed=limit.fixed,
             per_cost=limit.per_cost,
+            counted_weights=limit.counted_weights,
         ),
         checkpoint_bytes=limit.size.of_recipe(menu.recipe(solution.choice)),
         checkpoint_bytes_before=limit.size.of_recipe(dict.fromkeys(sensitivity, NONE)),
@@ -437,7 +482,7 @@ def _unreachable(
         else f"{share:.1%} of the searched weights are {why}"
         for why, share in sorted(kept.items(), key=lambda item: -item[1])
     )
-    if left_out := [name for name in scheme.quant_formats if name in scores.left_out]:
+    if left_out := [name for name in scheme.all_formats if name in scores.left_out]:
         limits += f"{'; ' if limits else ''}{' and '.join(left_out)} could not be measured"
     if scheme.target != "generic":
         title = TARGETS[scheme.target].title
@@ -494,7 +539,10 @@ def _sensitivity(scores: Scores, handle: str, group: _Group) -> LayerSensitivity
         block=entry.block,
         kind=entry.kind,
         selected=labels[-1],
-        allowed=[name == NONE or group.kept is None for name in group.formats],
+        allowed=[
+            not group.must if name == NONE else group.kept is None and name not in group.withheld
+            for name in group.formats
+        ],
     )
 
 
