@@ -401,14 +401,21 @@ def test_rows_are_rounded_up_by_an_eighth_at_most(rows: int) -> None:
 
 
 def out_of_memory_at(monkeypatch: pytest.MonkeyPatch, points: set[int]) -> list[int]:
-    """Let the allocations of the listed scorings, counted from 1, fail; return the counter."""
+    """Let the allocations of the listed scorings, counted from 1, fail; return the counter.
+
+    Odd ones fail as on a GPU, even ones as on a CPU, which torch words otherwise.
+    """
+    on_gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+    on_cpu = RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+    )
     counter = [0]
     original = kernels.scores
 
     def scores(*arguments: Any) -> Any:
         counter[0] += 1
         if counter[0] in points:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+            raise on_gpu if counter[0] % 2 else on_cpu
         return original(*arguments)
 
     monkeypatch.setattr(kernels, "scores", scores)

@@ -78,3 +78,14 @@ def test_the_size_of_a_model_is_unknown_until_it_is_resolved(tmp_path: Path) -> 
     )
     write_checkpoint(record, checkpoint)
     assert job_resources.model_size_mb(record) == 7_512
+    assert job_resources.priority(record, "owner/name") == 1 + 7_512
+
+
+def test_a_model_that_is_not_resolved_goes_by_its_files(tmp_path: Path) -> None:
+    for name, megabytes in (("model-1.safetensors", 3), ("model-2.safetensors", 4)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(megabytes * 10**6)
+    record = tmp_path / "model.json"
+    assert job_resources.priority(record, str(tmp_path)) == 1 + 7
+    assert job_resources.priority(record, "owner/name") == 1
+    assert job_resources.priority(record) == 1

@@ -123,6 +123,25 @@ def test_each_run_on_gpus_asks_for_them(project: Project, tmp_path: Path) -> Non
     }
 
 
+def test_gpu_jobs_of_larger_models_go_first(project: Project, tmp_path: Path) -> None:
+    config = default_config(project)
+    for name, megabytes in (("small", 3), ("large", 40)):
+        folder = tmp_path / name
+        folder.mkdir()
+        with (folder / "model.safetensors").open("wb") as file:
+            file.truncate(megabytes * 10**6)
+        config["models"][name] = {"checkpoint": str(folder), "task": "image-text-to-text"}
+    config["runs"]["demo.image-text"]["model"] = "large"
+    config["runs"]["demo.captions"]["model"] = "small"
+    jobs = dag_of(project, config, tmp_path)
+    priorities = {name: int(job["priority"]) for name, job in jobs.items() if "priority" in job}
+    assert priorities == {
+        "score/demo.image-text": 41,
+        "verify/demo.image-text": 41,
+        "score/demo.captions": 4,
+    }
+
+
 def remove_scheme(config: dict[str, Any]) -> None:
     config["runs"]["demo.image-text"]["schemes"].remove("int8_all_layers")
 

@@ -9,12 +9,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from faults import injected, mounted
@@ -259,16 +260,26 @@ def test_braces_in_the_path_are_refused_in_a_sentence(undisturbed: Project, tmp_
 # --- faults while scoring ------------------------------------------------------------------------
 
 
+NO_MORE_MEMORY = """import resource
+                    held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+                    resource.setrlimit(resource.RLIMIT_AS, (held + 2**20, resource.RLIM_INFINITY))
+                    torch.empty(2**30)"""
+"""The system refuses what the process asks, as it does when there is none."""
+
+
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    ("happens", "expected"),
     [
-        ("torch.AcceleratorError('CUDA error: an illegal memory access')", "CUDA error"),
-        ("MemoryError()", "memory"),
+        (
+            "raise torch.AcceleratorError('CUDA error: an illegal memory access')",
+            "the GPU failed (CUDA error",
+        ),
+        (NO_MORE_MEMORY, "do not fit into memory"),
     ],
     ids=["CUDA error", "out of memory"],
 )
 def test_an_error_in_the_middle_of_scoring(
-    unscored: Project, undisturbed: Project, tmp_path: Path, error: str, expected: str
+    unscored: Project, undisturbed: Project, tmp_path: Path, happens: str, expected: str
 ) -> None:
     environment = injected(
         tmp_path / "fault",
@@ -277,8 +288,8 @@ def test_an_error_in_the_middle_of_scoring(
             backward, calls = torch.Tensor.backward, []
             def failing(tensor, *args, **kwargs):
                 calls.append(None)
-                if len(calls) == 3:
-                    raise {error}
+                if len(calls) >= 3:
+                    {happens}
                 return backward(tensor, *args, **kwargs)
             torch.Tensor.backward = failing
         """,
@@ -337,6 +348,59 @@ def test_weights_that_are_not_finite(unscored: Project, undisturbed: Project) ->
     weights.write_bytes(sound)
     record.unlink()
     assert_ends_well(unscored, undisturbed)
+
+
+def take_a_shard(folder: Path) -> None:
+    """Put the weights into two files, of which the second is lost."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    save_file({name: weights[name] for name in names[::2]}, folder / "model-1.safetensors")
+    index = {name: f"model-{1 + number % 2}.safetensors" for number, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "model.safetensors").unlink()
+
+
+def make_a_pickle(folder: Path) -> None:
+    """Leave the weights as a pickle alone, which runs a command when it is loaded."""
+    command = f"touch {folder / 'pwned'}"
+    # The opcodes of os.system(command).
+    code = f"cposix\nsystem\n(V{command}\ntR.".encode()
+    (folder / "pytorch_model.bin").write_bytes(code)
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "expected"),
+    [
+        (take_a_shard, "model-2.safetensors: is named in model.safetensors.index.json but missing"),
+        (make_a_pickle, "holds only pickled weights (pytorch_model.bin), which can run code"),
+    ],
+)
+def test_a_checkpoint_that_is_no_whole_one(
+    done: Project,
+    undisturbed: Project,
+    tmp_path: Path,
+    break_it: Callable[[Path], None],
+    expected: str,
+) -> None:
+    folder = done.root / "checkpoints/llm"
+    sound = tmp_path / "sound"
+    shutil.copytree(folder, sound)
+    break_it(folder)
+    record = "results/models/llm/model.json"
+    (done.root / record).unlink()
+    code, output = call(done, record, *TARGETS)
+    assert code != 0
+    (sentence,) = set(errors(output))
+    assert expected in sentence
+    assert not (folder / "pwned").exists()
+    shutil.rmtree(folder)
+    shutil.copytree(sound, folder)
+    code, output = call(done, record, *TARGETS)
+    assert code == 0, output
+    assert_same(done, undisturbed)
 
 
 def test_a_config_edited_while_it_runs_and_a_second_snakemake(
@@ -401,59 +465,80 @@ def test_a_database_build_killed_in_the_middle_of_its_write(
     assert_ends_well(unscored, undisturbed)
 
 
+def test_an_export_killed_in_the_middle_of_its_write(
+    done: Project, undisturbed: Project, tmp_path: Path
+) -> None:
+    done.edit(lambda config: config["runs"][RUN].update(export=["fp8"]))
+    environment = injected(
+        tmp_path / "fault",
+        """
+        import os, signal, sys
+        if "export" in sys.orig_argv:
+            # The files are written, and the folder has not its name yet.
+            os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    code, _ = call(done, "export", environment=environment)
+    assert code != 0
+    folder = done.results / SCHEME
+    assert (folder / ".checkpoint.part/model.safetensors").exists()  # what the kill left
+    assert not (folder / "checkpoint").exists()
+    assert not (folder / "checkpoint.json").exists()
+    code, output = call(done, "export")
+    assert code == 0, output
+    assert not (folder / ".checkpoint.part").exists()
+    exported = done.json(f"{SCHEME}/checkpoint.json")
+    assert exported["checked"]["problems"] == []
+    assert exported["files"] == {
+        file.name: file.stat().st_size for file in (folder / "checkpoint").iterdir()
+    }
+    assert_same(done, undisturbed)
+
+
 # --- the hub -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("behaviour", "expected"),
-    [
+def test_a_hub_that_fails(unscored: Project, undisturbed: Project, tmp_path: Path) -> None:
+    """Each failure is told before any GPU job starts; then the hub is sound, and all goes on."""
+    files = unscored.root / "checkpoints/llm"
+    local = json.loads((unscored.results / "models/llm/model.json").read_bytes())
+    unscored.edit(lambda config: config["models"]["llm"].update(checkpoint="owner/llm"))
+    environment = {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": "hf_planted_secret",
+        "HF_HUB_ETAG_TIMEOUT": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    for behaviour, expected in (
         ("silent", "the hub cannot be reached"),
         ("401", "log in with `hf auth login`"),
         ("404", "there is no owner/llm on the hub"),
         ("half", "owner/llm"),
-    ],
-)
-def test_a_hub_that_fails(
-    new_study: Project, tmp_path: Path, behaviour: str, expected: str
-) -> None:
-    files = new_study.root / "checkpoints/llm"
-    settings = {
-        "source": "checkpoint",
-        "checkpoint": "owner/llm",
-        "task": "causal-lm",
-        "revision": None,
-        "trust_remote_code": False,
-    }
-
-    def resolve(address: str) -> subprocess.CompletedProcess[str]:
-        environment = {
-            **os.environ,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_ENDPOINT": address,
-            "HF_TOKEN": "hf_planted_secret",
-            "HF_HUB_ETAG_TIMEOUT": "1",
-            "HF_HUB_DOWNLOAD_TIMEOUT": "1",
-            "HF_HUB_DISABLE_XET": "1",
-        }
-        command = [sys.executable, "-m", "layersense", "model", "llm"]
-        command += ["--settings", json.dumps(settings), "--out", str(tmp_path / "model.json")]
-        return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=PATIENCE
-        )
-
-    with hub(behaviour, files) as address:
-        failed = resolve(address)
-    assert failed.returncode == 1, failed.stderr
-    (sentence,) = errors(failed.stderr)
-    assert expected in sentence
-    assert "please report" not in sentence, failed.stderr
-    assert "hf_planted_secret" not in failed.stdout + failed.stderr
-    assert not (tmp_path / "model.json").exists()
+    ):
+        with hub(behaviour, files) as address:
+            code, output = call(unscored, environment={**environment, "HF_ENDPOINT": address})
+        assert code != 0, behaviour
+        (sentence,) = set(errors(output))
+        assert expected in sentence
+        assert "please report" not in sentence, output
+        assert not (unscored.results / f"{RUN}/scores.json").exists()
     with hub("sound", files) as address:
-        done = resolve(address)
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "model.json").read_bytes())
-    local = json.loads((new_study.root / "checkpoints/llm/config.json").read_bytes())
-    assert record["architecture"] == local["architectures"][0]
-    fetched = Path(record["path"]) / "model.safetensors"
-    assert fetched.read_bytes() == (files / "model.safetensors").read_bytes()
+        code, output = call(unscored, environment={**environment, "HF_ENDPOINT": address})
+    assert code == 0, output
+    for log in (unscored.results / "logs").rglob("*"):
+        assert log.is_dir() or b"hf_planted_secret" not in log.read_bytes()
+    record = json.loads((unscored.results / "models/llm/model.json").read_bytes())
+    assert record["digest"] == local["digest"]
+    ours, theirs = unscored.results, undisturbed.results
+    # The same weights under another name, which stands in the tables' metadata and the manifest.
+    for name in ("sensitivity.parquet", f"{SCHEME}/layers.parquet", f"{SCHEME}/frontier.parquet"):
+        assert pq.read_table(ours / name).equals(pq.read_table(theirs / name)), name
+    manifest = stable_manifest(ours / SCHEME / "manifest.json")
+    manifest = manifest.replace('"owner/llm"', '"./checkpoints/llm"')
+    manifest = manifest.replace(f'"{record["revision"]}"', "null")
+    copied = undisturbed.json(f"{RUN}/scores.json")["formats"]
+    for name, entry in unscored.json(f"{RUN}/scores.json")["formats"].items():
+        # It covers where the model came from.
+        manifest = manifest.replace(entry["digest"], copied[name]["digest"])
+    assert manifest == stable_manifest(theirs / SCHEME / "manifest.json")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from layersense.errors import LayersenseError
+from layersense.errors import LayersenseError, is_out_of_memory
 from layersense.logs import Terminated, end_on_sigterm, open_job_log
 
 app = typer.Typer(
@@ -617,7 +617,7 @@ def _quiet() -> None:
 
 def _failure_of_the_machine(error: Exception) -> str | None:
     """Return a sentence if the GPU or the memory failed, which is no error of this program."""
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return (
             "out of memory on this machine; lower `batch_size`, `max_length` or `max_pixels` of "
             "the run, or run it where there is more (`mem_mb` on a cluster)"

@@ -1,4 +1,4 @@
-"""What a job asks of a cluster: memory and time, by the size of its model and the attempt.
+"""What a job asks of a cluster, by the size of its model and the attempt; which job goes first.
 
 A job that asked too little is ended by the cluster and asks for a multiple when it is retried, so
 these are what nearly always suffices, not what never fails. ``set-resources`` of a profile
@@ -45,3 +45,21 @@ def memory_mb(size_mb: int, device: str, attempt: int = 1) -> int:
 def minutes(size_mb: int, attempt: int = 1) -> int:
     """Return the time to ask for: an hour, and ten minutes for each GB of weights."""
     return (60 + size_mb // 100) * attempt
+
+
+def priority(model_file: str | Path, checkpoint: str | None = None) -> int:
+    """Return the priority of a job that holds a model: more than a CPU job's, and longest first.
+
+    Scoring takes as long as its model is large, and a long job that starts last leaves all other
+    GPUs idle at the end. Snakemake asks once, when it builds its plan: a model that is not resolved
+    by then goes by the files of its directory, and one that is still to be fetched goes last.
+
+    Args:
+        model_file: ``model.json``, which may not be there yet.
+        checkpoint: hub id or directory of the model, as the config says it; None for the demo's.
+    """
+    try:
+        return 1 + model_size_mb(model_file)
+    except FileNotFoundError:
+        files = Path(checkpoint).expanduser().glob("*.safetensors") if checkpoint else ()
+        return 1 + sum(file.stat().st_size for file in files) // _MEGABYTE

@@ -182,6 +182,12 @@ def extensions_of_run(wildcards):
     return [paths.extension(name) for name in needed]
 
 
+def longest_first(wildcards, input):
+    """Return the priority of a run's GPU jobs, by the size of its model."""
+    model = CONFIG.models[CONFIG.runs[wildcards.run].model]
+    return job_resources.priority(input.model, getattr(model, "checkpoint", None))
+
+
 def measured_scores(wildcards):
     """Return a run's score file; under `frozen` it has to be there."""
     path = paths.scores(wildcards.run)

@@ -14,6 +14,7 @@ rule checkpoint:
         paths.log("checkpoint", "{run}", "{scheme}"),
     benchmark:
         paths.benchmark("checkpoint", "{run}", "{scheme}")
+    priority: longest_first
     conda:
         lambda wildcards: environment("cuda" if on_gpu(wildcards) else "cpu")
     threads: 4

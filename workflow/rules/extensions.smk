@@ -17,7 +17,7 @@ rule extension:
         # has one is needed.
         gpu=1 if workflow.non_local_exec else 0,
         mem_mb=lambda wildcards, attempt: 8_000 * attempt,
-        runtime=30,
+        runtime=lambda wildcards, attempt: 30 * attempt,
     params:
         version=EXTENSIONS_VERSION,
     shell:

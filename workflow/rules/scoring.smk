@@ -14,6 +14,7 @@ rule score:
         paths.log("score", "{run}"),
     benchmark:
         paths.benchmark("score", "{run}")
+    priority: longest_first
     conda:
         lambda wildcards: environment("cuda" if on_gpu(wildcards) else "cpu")
     threads: 4

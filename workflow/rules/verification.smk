@@ -13,6 +13,7 @@ rule verify:
         paths.log("verify", "{run}"),
     benchmark:
         paths.benchmark("verify", "{run}")
+    priority: longest_first
     conda:
         lambda wildcards: environment("cuda" if on_gpu(wildcards) else "cpu")
     # On a CPU the steps are many and small, and threads would mostly wait for each other.

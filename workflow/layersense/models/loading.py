@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersense.errors import LayersenseError
+from layersense.errors import LayersenseError, is_out_of_memory
 from layersense.files import write_json
 from layersense.models.checkpoints import Checkpoint
 from layersense.models.devices import connect, free_memory, plan_devices, wanted_gpus
@@ -61,7 +61,7 @@ def load_model(
             **({"device_map": plan} if plan else {}),
         )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         raise LayersenseError(
             f"{checkpoint.path}: transformers cannot load it as a model of task "

@@ -13,7 +13,7 @@ import torch
 from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import Tensor, nn
 
-from layersense.errors import LayersenseError
+from layersense.errors import LayersenseError, is_out_of_memory
 from layersense.models.devices import check_together
 from layersense.models.tasks.protocol import Batch, Loaded
 from layersense.quantization.formats import Format
@@ -206,13 +206,13 @@ class _Engine:
                     with timed(self.seconds, "backward"):
                         loss.backward()  # type: ignore[no-untyped-call]
             scores = self.taps.take()
-        except (RuntimeError, torch.OutOfMemoryError) as error:
+        except RuntimeError as error:
             message = str(error)
             self.taps.checked = {}
             if _overwrites(message) and not self.taps.copies:
                 logger.info("the model overwrites tensors in place; inputs and outputs are copied")
                 self.taps.copies = True
-            elif not _out_of_memory(error):
+            elif not is_out_of_memory(error):
                 raise
         else:
             if first:
@@ -247,7 +247,7 @@ class _Engine:
                 f"format {self.quantizers.formats[what.recipes[0]].name}: {batch.n_samples} "
                 f"sample(s) of {positions // batch.n_samples} positions do not fit into memory "
                 f"({missing_memory(failure)} needed); reduce `max_length` or `max_pixels` of the "
-                "run, or use a larger GPU"
+                f"run, or use a larger {'GPU' if self.device.type == 'cuda' else 'machine'}"
             )
         for part in parts:
             logger.warning("out of memory: %s", part.back_offs[-1])
@@ -486,9 +486,3 @@ class _Aligned:
 
 def _overwrites(message: str) -> bool:
     return "inplace operation" in message or "modified inplace" in message
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )
