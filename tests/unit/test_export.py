@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from studies import sample_database, study
+from tiny_families import resnet
 from tiny_models import edit_json, save_tiny_llama, save_tiny_qwen2_5_vl
 
 from layersense.config import OwnFormat
@@ -19,6 +21,7 @@ from layersense.export import vllm_rules
 from layersense.export.allow import WRITES, Written, make_plan, nearest_format, tensors, writes
 from layersense.export.check import check_checkpoint
 from layersense.export.job import export_scheme, recheck
+from layersense.export.onnx_check import _Compared, weight_of
 from layersense.export.store import read_exported
 from layersense.export.unpack import unpack
 from layersense.manifests.schema import encode_manifest
@@ -523,3 +526,94 @@ def test_plans_look_at_shapes(vlm):
     assert plan.recipe[handle] == "NONE"
     assert "40 inputs are no multiple of 16" in plan.kept[handle]
     assert sum(name != "NONE" for name in plan.recipe.values()) > 1
+
+
+# --- ONNX ---
+
+
+def test_a_node_says_whose_weight_it_quantizes():
+    assert weight_of("/model/head/weight_quantizer/QuantizeLinear") == "head"
+    # A list of modules is not called, a sequence is.
+    called = "/model/layer2/layer2.0/downsample/downsample.0/weight_quantizer/QuantizeLinear"
+    assert weight_of(called) == "layer2.0.downsample.0"
+    assert weight_of("/model/vit/encoder/layer.1/fc/weight_quantizer/Q") == "vit.encoder.layer.1.fc"
+    assert weight_of("/model/head/input_quantizer/QuantizeLinear") is None
+
+
+def test_queries_are_compared_whatever_their_order():
+    compared = _Compared()
+    logits = np.random.default_rng(0).normal(size=(2, 6, 4))
+    other = logits + 1.0
+    compared.add({"logits": logits[:, ::-1]}, {"simulated.logits": logits, "before.logits": other})
+    found = compared.result()
+    assert (found.agreement, found.distance, found.samples) == (1.0, 0.0, 2)
+    assert list(compared.problems()) == []
+    compared.add({"logits": other}, {"simulated.logits": logits, "before.logits": other})
+    compared.add({"logits": other}, {"simulated.logits": logits, "before.logits": other})
+    (problem,) = compared.problems()
+    assert "are not the simulated ones" in problem
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    def save(folder):
+        folder.mkdir()
+        return resnet(folder)
+
+    return make_shop(tmp_path_factory, save, "image-classification", [FP8, INT8])
+
+
+def test_a_classifier_is_written_as_onnx_and_computes_the_same(pictures, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pictures.choose(lambda number, handle: number % 3)
+    exported = pictures.export(tmp_path)
+    file = tmp_path / "checkpoint" / "model.onnx"
+    chosen = {
+        name: group.selected.partition("(")[0]
+        for group in pictures.manifest.layer_sensitivity.values()
+        for name in group.module_names
+    }
+    model = onnx.load(file)
+    nodes = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert {weight_of(node.name) for node in nodes} - {None} == {
+        name for name, format in chosen.items() if format != "NONE"
+    }
+    zeros = {
+        node.output[0]: node.attribute[0].t.data_type
+        for node in model.graph.node
+        if node.op_type == "Constant"
+    }
+    zeros |= {entry.name: entry.data_type for entry in model.graph.initializer}
+    types = [zeros.get(node.input[2]) for node in nodes]
+    # One for the weight and one for the input of each FP8 layer.
+    assert types.count(onnx.TensorProto.FLOAT8E4M3FN) == 2 * list(chosen.values()).count(FP8)
+    assert {node.domain for node in model.graph.node} == {""}
+    found = exported.checked.onnx
+    assert found.samples == 5
+    assert found.distance < 1e-3
+    assert exported.quant_algo == "FP8 and INT8"
+    assert (tmp_path / "checkpoint" / "preprocessor_config.json").exists()
+    assert "onnxruntime" in (tmp_path / "checkpoint" / "README.md").read_text()
+    assert recheck(tmp_path / "checkpoint.json") == []
+    for number, node in enumerate(nodes):
+        if weight_of(node.name):
+            node.name = f"renamed_{number}"
+    onnx.save(model, file)
+    problems = recheck(tmp_path / "checkpoint.json")
+    assert sum("has no Q/DQ nodes" in problem for problem in problems) == len(
+        exported.expected.quantized
+    )
+
+
+def test_a_detector_of_torchvision_is_refused(pictures):
+    manifest = pictures.manifest
+    pictures.choose(lambda number, handle: 0)
+    task, architecture = manifest.model.task, manifest.model.architecture
+    manifest.model.task = "object-detection"
+    manifest.model.architecture = "ssdlite320_mobilenet_v3_large"
+    try:
+        with pytest.raises(LayersenseError, match="takes a list of images"):
+            make_plan(manifest)
+    finally:
+        manifest.model.task, manifest.model.architecture = task, architecture

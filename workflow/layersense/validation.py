@@ -16,7 +16,7 @@ from layersense.calibration.archives import is_file, is_folder
 from layersense.calibration.build import coco_files
 from layersense.config import COCO_SPLITS, TASK_METHODS, TASK_MODALITIES, Config, OwnFormat
 from layersense.errors import LayersenseError
-from layersense.export.allow import TASKS, nearest_format, writes
+from layersense.export.allow import ONNX_TASKS, TASKS, menu, nearest_format, writes
 from layersense.models.checkpoints import is_pickle
 from layersense.models.outside import find_module, is_outside
 from layersense.paths import RESERVED_RUNS, RESERVED_SCHEMES
@@ -644,12 +644,13 @@ class _Checker:
         schemes = run.get("schemes", ())
         model = self.part("models", run.get("model"))
         task = model.get("task", TASKS[1] if model.get("source") == "demo" else None)
-        if run.get("export") and task is not None and task not in TASKS:
+        if run.get("export") and task is not None and not menu(task):
             self.add(
                 (*path, "export"),
-                f"a model of task `{task}` is not written as a checkpoint, which "
-                f"{_or(TASKS)} are; leave `export` out",
+                f"a model of task `{task}` is not exported, which those of "
+                f"{_or((*TASKS, *ONNX_TASKS))} are; leave `export` out",
             )
+            return
         for i, scheme in enumerate(run.get("export", ())):
             if scheme not in schemes:
                 self.add(
@@ -661,12 +662,12 @@ class _Checker:
                 continue
             for word in _format_words(self.part("schemes", scheme)):
                 format = self.resolved.get(word) if isinstance(word, str) else None
-                if format is not None and writes(format) is None:
+                if format is not None and writes(format, task or TASKS[0]) is None:
                     self.add(
                         (*path, "export", i),
                         f"ModelOpt's exporter cannot write format `{word}` of scheme `{scheme}` as "
                         f"it is measured; the nearest one that it can is "
-                        f"`{nearest_format(format)}`",
+                        f"`{nearest_format(format, task or TASKS[0])}`",
                         scheme,
                     )
 

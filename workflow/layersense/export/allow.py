@@ -32,6 +32,8 @@ BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1, "I8": 1}
 """Bytes of an element, by safetensors' name of its type."""
 TASKS = ("causal-lm", "image-text-to-text", "seq2seq-lm")
 """Tasks whose models are written in Hugging Face form."""
+ONNX_TASKS = ("image-classification", "object-detection", "semantic-segmentation")
+"""Tasks whose models are written as ONNX with Q/DQ nodes."""
 
 
 class Written(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,7 +111,16 @@ without its scales; pairs of types whose activations it does not look at; MXFP4 
 names that no runtime reads; what nobody has run.
 """
 
+ONNX_WRITES: Mapping[str, Written] = {
+    "FP8_ALL_LAYERS_CFG": Written(algo="FP8", layout="fp8", input_scale=True),
+    "INT8_ALL_LAYERS_CFG": Written(algo="INT8", layout="int8", per_channel=True, input_scale=True),
+    "INT8_WEIGHT_ONLY_ALL_LAYERS_CFG": Written(algo="INT8", layout="int8", per_channel=True),
+}
+"""Format → its Q/DQ nodes, of those that the ONNX standard has and onnxruntime computes."""
+
 _LINEAR = ("Linear",)
+_ONNX_LAYERS = ("Linear", "Conv2d")
+_DETECTOR = "ForObjectDetection"
 _TRANSPOSED = ("Conv1D",)
 """Linear layers of GPT-2 and its like, which hold their weights transposed. ModelOpt turns them,
 and the exporter writes them so, quantized or not."""
@@ -130,18 +141,24 @@ class Plan:
     written: dict[str, Written]
 
 
-def writes(format: Format) -> Written | None:
+def menu(task: str) -> Mapping[str, Written]:
+    """Return the formats that are written for a task's models; none for a task of one's own."""
+    return WRITES if task in TASKS else ONNX_WRITES if task in ONNX_TASKS else {}
+
+
+def writes(format: Format, task: str = TASKS[0]) -> Written | None:
     """Return what is written of a format; None if it cannot be exported.
 
     A format counts by what it does: ``W8A8_FP8_FP8`` is ``FP8_ALL_LAYERS_CFG``.
     """
     settings, known = format_settings(format), known_formats()
     return next(
-        (found for name, found in WRITES.items() if format_settings(known[name]) == settings), None
+        (found for name, found in menu(task).items() if format_settings(known[name]) == settings),
+        None,
     )
 
 
-def nearest_format(format: Format) -> str:
+def nearest_format(format: Format, task: str = TASKS[0]) -> str:
     """Return the format nearest to one that cannot be exported.
 
     It has the same type of weights if there is one, then activations of the same type, then nearly
@@ -149,7 +166,7 @@ def nearest_format(format: Format) -> str:
     """
     known = known_formats()
     return min(
-        WRITES,
+        menu(task),
         key=lambda name: (
             known[name].weight_format != format.weight_format,
             known[name].act_format != format.act_format,
@@ -171,17 +188,24 @@ def make_plan(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]] | None =
         LayersenseError: the task has no checkpoint in Hugging Face form, or a format cannot be
             exported; the nearest recipe that can is named.
     """
-    if manifest.model.task not in TASKS:
+    task = manifest.model.task
+    where = f"{manifest.run_name}, {manifest.scheme.name}"
+    if not menu(task):
         raise LayersenseError(
-            f"{manifest.run_name}, {manifest.scheme.name}: a model of task {manifest.model.task} "
-            f"has no checkpoint that ModelOpt exports; it writes {', '.join(TASKS)}"
+            f"{where}: a model of task {task} is not exported; those of "
+            f"{', '.join((*TASKS, *ONNX_TASKS))} are"
+        )
+    if task == "object-detection" and not manifest.model.architecture.endswith(_DETECTOR):
+        raise LayersenseError(
+            f"{where}: {manifest.model.architecture} takes a list of images, which no ONNX file "
+            f"does; detectors of transformers (…{_DETECTOR}) are exported"
         )
     for name, layer in manifest.layers.items():
         if layer.module_type in _TRANSPOSED:
             raise LayersenseError(
-                f"{manifest.run_name}, {manifest.scheme.name}: {name} is a {layer.module_type}, "
-                "whose weight ModelOpt's exporter writes transposed, so that no loader reads it; a "
-                "model with such layers cannot be exported"
+                f"{where}: {name} is a {layer.module_type}, whose weight ModelOpt's exporter "
+                "writes transposed, so that no loader reads it; a model with such layers cannot be "
+                "exported"
             )
     formats = {
         name: format_from_settings(name, run.settings["format"])
@@ -189,7 +213,7 @@ def make_plan(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]] | None =
     }
     recipe = chosen(manifest)
     used = set(recipe.values()) - {NONE}
-    written = {name: writes(formats[name]) for name in formats if name in used}
+    written = {name: writes(formats[name], task) for name in formats if name in used}
     if bad := [name for name, found in written.items() if found is None]:
         raise LayersenseError(_refusal(manifest, formats, recipe, bad))
     known = {name: found for name, found in written.items() if found is not None}
@@ -198,11 +222,12 @@ def make_plan(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]] | None =
         if name == NONE:
             continue
         for module in manifest.layer_sensitivity[handle].module_names:
-            reason = _why_not(
-                manifest.layers[module].module_type,
-                known[name],
-                None if shapes is None else shapes.get(module),
-            )
+            module_type = manifest.layers[module].module_type
+            if task in ONNX_TASKS:
+                reason = None if module_type in _ONNX_LAYERS else _NO_NODES.format(module_type)
+            else:
+                shape = None if shapes is None else shapes.get(module)
+                reason = _why_not(module_type, known[name], shape)
             if reason:
                 kept[handle] = f"{module}: {reason}"
                 break
@@ -252,6 +277,9 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     return BYTES[dtype] * prod(shape)
 
 
+_NO_NODES = "Q/DQ nodes are written for linear layers and 2-D convolutions, and this is {}"
+
+
 def _why_not(module_type: str, written: Written, shape: tuple[int, ...] | None) -> str | None:
     if module_type not in _LINEAR:
         return f"the exporter packs linear layers, and this is {module_type}"
@@ -274,7 +302,8 @@ def _refusal(
     manifest: Manifest, formats: Mapping[str, Format], recipe: Recipe, bad: Sequence[str]
 ) -> str:
     """Return a sentence that names the nearest recipe that can be exported."""
-    here = {name: found for name, found in formats.items() if writes(found)}
+    task = manifest.model.task
+    here = {name: found for name, found in formats.items() if writes(found, task)}
     changes: dict[tuple[str, str], int] = {}
     nearest = dict(recipe)
     for handle, name in recipe.items():
@@ -292,7 +321,7 @@ def _refusal(
         f"{count} group{'s' * (count > 1)} {new} instead of {old}"
         for (old, new), count in changes.items()
     )
-    advice = ", ".join(dict.fromkeys(nearest_format(formats[name]) for name in bad))
+    advice = ", ".join(dict.fromkeys(nearest_format(formats[name], task) for name in bad))
     return (
         f"{manifest.run_name}, {manifest.scheme.name}: ModelOpt's exporter cannot write "
         f"{', '.join(bad)} as it was measured; the nearest recipe that can be exported gives "

@@ -18,7 +18,7 @@ def model_card(manifest: Manifest, exported: Exported, verification: Verificatio
     bits = f"{exported.effective_bits:.3g}"
     lines = [
         "---",
-        "library_name: transformers",
+        *([] if exported.expected.onnx else ["library_name: transformers"]),
         *([] if _is_local(model.id) else [f"base_model: {model.id}"]),
         "tags: [modelopt, quantized]",
         "---",
@@ -40,10 +40,7 @@ def model_card(manifest: Manifest, exported: Exported, verification: Verificatio
             else []
         ),
         "",
-        f"{exported.checked.tensors} tensors, {exported.checked.bytes / 1e9:.3f} GB; "
-        f"{exported.checked.compared} packed weights were unpacked and compared with what was "
-        f"simulated ({exported.checked.differing:.2%} of their elements are the neighbouring value "
-        "of the format, which is rounding).",
+        _checked(exported),
     ]
     if exported.kept:
         lines += [
@@ -55,17 +52,45 @@ def model_card(manifest: Manifest, exported: Exported, verification: Verificatio
         ]
     lines += ["", "## Verification", ""]
     lines += _verified(exported, verification)
-    lines += ["", "## vLLM", ""]
-    if exported.checked.vllm:
-        lines += ["vLLM does not read this checkpoint as it is meant:", ""]
-        lines += [f"- {problem}." for problem in exported.checked.vllm]
-    else:
-        lines += ["Nothing in its configs speaks against vLLM; it was not loaded there."]
+    if not exported.expected.onnx:
+        lines += ["", "## vLLM", "", *_vllm(exported)]
     lines += ["", "## Findings", ""]
     lines += [
         f"- **{finding.severity}**: {finding.what} {finding.fix}" for finding in manifest.findings
     ] or ["None."]
     return "\n".join(lines) + "\n"
+
+
+def _vllm(exported: Exported) -> list[str]:
+    if not exported.checked.vllm:
+        return ["Nothing in its configs speaks against vLLM; it was not loaded there."]
+    problems = [f"- {problem}." for problem in exported.checked.vllm]
+    return ["vLLM does not read this checkpoint as it is meant:", "", *problems]
+
+
+def _checked(exported: Exported) -> str:
+    """Return what the check compared, in words."""
+    checked = exported.checked
+    if checked.onnx is None:
+        return (
+            f"{checked.tensors} tensors, {checked.bytes / 1e9:.3f} GB; {checked.compared} packed "
+            f"weights were unpacked and compared with what was simulated ({checked.differing:.2%} "
+            "of their elements are the neighbouring value of the format, which is rounding)."
+        )
+    found = checked.onnx
+    text = (
+        f"`model.onnx`, {checked.bytes / 1e9:.3f} GB, standard Q/DQ nodes; weights are stored as "
+        f"they were, and quantized by the runtime. In onnxruntime, on {found.samples} held-out "
+        f"images, the first choice is that of the simulated model at {found.agreement:.1%} of the "
+        f"positions, and the outputs are {found.distance:.2%} as far from the simulated ones as "
+        "the unquantized model's."
+    )
+    if found.accuracy is not None:
+        text += (
+            f" Top-1 accuracy there: {found.accuracy:.1%} (simulated "
+            f"{found.accuracy_simulated:.1%}, unquantized {found.accuracy_before:.1%})."
+        )
+    return text
 
 
 def _verified(exported: Exported, verification: Verification | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch import Tensor
 from layersense.errors import LayersenseError
 from layersense.export import vllm_rules
 from layersense.export.allow import Written, tensor_bytes, tensors, writes
-from layersense.export.store import Checked, Expected
+from layersense.export.onnx_check import check_onnx
+from layersense.export.store import ONNX_FILE, Checked, Expected
 from layersense.export.unpack import unpack
 from layersense.quantization.formats import format_from_settings
 
@@ -291,18 +292,20 @@ def _untouched(there: Files, original: Files, expected: Expected) -> Iterator[st
             yield f"{name}: is not the original's, and nothing in the recipe changes it"
 
 
-def send(stream: BinaryIO, expected: Expected, simulated: Mapping[str, Tensor]) -> None:
-    """Write what a check needs into its standard input: one tensor at a time."""
-    for body in (
-        msgspec.json.encode(expected),
-        *(save({name: tensor.contiguous()}) for name, tensor in simulated.items()),
-    ):
-        stream.write(len(body).to_bytes(8, "little"))
-        stream.write(body)
+def send(stream: BinaryIO, expected: Expected, simulated: Iterable[Mapping[str, Tensor]]) -> None:
+    """Write what a check needs into its standard input: some tensors at a time."""
+    _send(stream, msgspec.json.encode(expected))
+    for tensors_ in simulated:
+        _send(stream, save({name: tensor.contiguous() for name, tensor in tensors_.items()}))
     stream.close()
 
 
-def receive(stream: BinaryIO) -> tuple[Expected, Iterator[tuple[str, Tensor]]]:
+def _send(stream: BinaryIO, body: bytes) -> None:
+    stream.write(len(body).to_bytes(8, "little"))
+    stream.write(body)
+
+
+def receive(stream: BinaryIO) -> tuple[Expected, Iterator[dict[str, Tensor]]]:
     """Read what :func:`send` wrote."""
     head = _frame(stream)
     if head is None:
@@ -310,9 +313,9 @@ def receive(stream: BinaryIO) -> tuple[Expected, Iterator[tuple[str, Tensor]]]:
     return msgspec.json.decode(head, type=Expected), _tensors(stream)
 
 
-def _tensors(stream: BinaryIO) -> Iterator[tuple[str, Tensor]]:
+def _tensors(stream: BinaryIO) -> Iterator[dict[str, Tensor]]:
     while (body := _frame(stream)) is not None:
-        yield from load(body).items()
+        yield load(body)
 
 
 def _frame(stream: BinaryIO) -> bytes | None:
@@ -328,4 +331,7 @@ def _frame(stream: BinaryIO) -> bytes | None:
 def check_streamed(folder: Path) -> Checked:
     """Check a folder against what the export job sends on standard input."""
     expected, simulated = receive(sys.stdin.buffer)
-    return check_checkpoint(folder, expected, simulated)
+    if expected.onnx:
+        batches = ({name: tensor.numpy() for name, tensor in batch.items()} for batch in simulated)
+        return check_onnx(folder / ONNX_FILE, expected, batches)
+    return check_checkpoint(folder, expected, (pair for some in simulated for pair in some.items()))

@@ -6,20 +6,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from layersense.calibration.database import open_database
+from layersense.calibration.database import Row, open_database
+from layersense.calibration.sampling import Unit
 from layersense.errors import LayersenseError
-from layersense.export.allow import make_plan
+from layersense.export.allow import ONNX_TASKS, make_plan
 from layersense.export.card import CARD, model_card
 from layersense.export.store import (
     EXPORT_VERSION,
     FOLDER,
+    ONNX_FILE,
     Checked,
     Expected,
     Exported,
@@ -44,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 PART, OLD = ".checkpoint.part", ".checkpoint.old"
 """Folders of a checkpoint in the making, and of one about to be deleted."""
+MOST_HELDOUT = 64
+"""Held-out images that an ONNX file is compared on."""
 
 
 def export_scheme(
@@ -119,13 +123,20 @@ def recheck(out: Path, *, load_in_vllm: bool = False) -> list[str]:
     folder = out.with_name(FOLDER)
     if not folder.is_dir():
         raise LayersenseError(f"{folder}: is not there; delete {out} and run `snakemake export`")
-    from layersense.export.check import check_checkpoint
+    if exported.expected.onnx:
+        from layersense.export.onnx_check import check_onnx
 
-    found = check_checkpoint(folder, exported.expected, None)
+        found = check_onnx(folder / ONNX_FILE, exported.expected, None)
+    else:
+        from layersense.export.check import check_checkpoint
+
+        found = check_checkpoint(folder, exported.expected, None)
     problems = [*found.problems, *(f"vLLM: {problem}" for problem in found.vllm)]
     sizes = {name: size for name, size in _sizes(folder).items() if name != CARD}
     if sizes != {name: size for name, size in exported.files.items() if name != CARD}:
         problems.append(f"{folder}: holds other files than were written")
+    if load_in_vllm and exported.expected.onnx:
+        raise LayersenseError(f"{folder}: holds an ONNX file, which vLLM does not read")
     if load_in_vllm:
         from layersense.export.vllm_load import load_and_generate
 
@@ -146,6 +157,7 @@ def _export(
 ) -> Exported:
     settings = read_settings(manifest)
     recipe = chosen(manifest)
+    is_onnx = manifest.model.task in ONNX_TASKS
     _check_space(out.parent, manifest.autoquant_state.checkpoint_bytes)
     with leased(settings["device"], gpus), _fresh_folder(out.with_name(PART)) as folder:
         start = time.monotonic()
@@ -155,7 +167,12 @@ def _export(
         from layersense.models.devices import spread_over
         from layersense.quantization.modelopt_formats import require_kernel
         from layersense.scoring.environment import describe_environment, peak_memory_bytes
-        from layersense.verification.replay import apply_config, check_applied, load_calibration
+        from layersense.verification.replay import (
+            apply_config,
+            calibration_of,
+            check_applied,
+            load_calibration,
+        )
 
         device = torch.device(settings["device"])
         seconds = {"import": time.monotonic() - start}
@@ -173,6 +190,12 @@ def _export(
             require_kernel(format, settings["device"])
         with spread_over(gpus):
             loaded, calibration = load_calibration(config, checkpoint, database_file)
+        if is_onnx:
+            from layersense.export import onnx_write
+
+            rows = heldout_rows(database_file, calibration.task.unit(settings["modality"]))
+            batches = calibration_of(loaded, calibration.task, rows, settings).batches
+            heldout = onnx_write.Heldout(loaded.model, batches, device, calibration.dtype)
         seconds["load"] = time.monotonic() - start
         start = time.monotonic()
         plan = make_plan(manifest, write.weight_shapes(loaded.model, manifest))
@@ -190,25 +213,33 @@ def _export(
         del calibration
         seconds["quantize"] = time.monotonic() - start
         start = time.monotonic()
-        fused = write.fuse(model, plan, manifest, used, config.kv_cache, checkpoint.path)
-        write.write_checkpoint_folder(model, folder, checkpoint, fused.expected)
+        if is_onnx:
+            expected = onnx_write.expect(manifest, plan, used, checkpoint.path, heldout.called)
+            onnx_write.write_folder(model, heldout, folder, checkpoint)
+            quant_algo = " and ".join(sorted({found.algo for found in plan.written.values()}))
+            simulated = heldout.frames(model)
+        else:
+            fused = write.fuse(model, plan, manifest, used, config.kv_cache, checkpoint.path)
+            expected = fused.expected
+            write.write_checkpoint_folder(model, folder, checkpoint, expected)
+            quant_algo = write.quant_algo(folder)
+            simulated = ({name: tensor} for name, tensor in fused.tensors.items())
         seconds["write"] = time.monotonic() - start
         start = time.monotonic()
-        del model, loaded
-        checked = _check_in_a_fresh_process(folder, fused.expected, fused.tensors, check.send)
+        checked = _check_in_a_fresh_process(folder, expected, simulated, check.send)
         seconds["check"] = time.monotonic() - start
         exported = Exported(
             run=manifest.run_name,
             scheme=manifest.scheme.name,
             digest=digest,
             recipe_digest=_verified_as(plan.recipe, manifest.scheme.kv_cache),
-            quant_algo=write.quant_algo(folder),
+            quant_algo=quant_algo,
             effective_bits=config.effective_bits,
             effective_bits_asked=bits_of(manifest, recipe),
             kept=plan.kept,
             predicted_bytes=_predicted_bytes(manifest, plan.recipe),
             files={},
-            expected=fused.expected,
+            expected=expected,
             checked=checked,
             seconds={phase: round(value, 3) for phase, value in seconds.items()},
             peak_memory_bytes=peak_memory_bytes(device),
@@ -226,7 +257,10 @@ def _export(
 
 
 def _check_in_a_fresh_process(
-    folder: Path, expected: Expected, simulated: Mapping[str, Any], send: Callable[..., None]
+    folder: Path,
+    expected: Expected,
+    simulated: Iterable[Mapping[str, Any]],
+    send: Callable[..., None],
 ) -> Checked:
     """Check what lies on the disk in a process that has loaded nothing else.
 
@@ -265,7 +299,7 @@ def _check_in_a_fresh_process(
 def _warn(exported: Exported) -> None:
     """Say in the log what the reader should know before the checkpoint is shipped."""
     ratio = exported.checked.quantized_bytes / exported.predicted_bytes - 1
-    if abs(ratio) > 0.01:
+    if abs(ratio) > 0.01 and not exported.expected.onnx:
         logger.warning(
             "the quantized layers take %.1f %% more bytes than predicted: the exporter writes "
             "scales in 32 bits, and one for each output of a small layer weighs",
@@ -332,6 +366,22 @@ def _check_inputs(
                 f"{file}: is not what {manifest.run_name}, {manifest.scheme.name} was measured on; "
                 "run `snakemake` to bring both up to date"
             )
+
+
+def heldout_rows(database_file: Path, unit: Unit) -> list[Row]:
+    """Return the held-out rows that an ONNX file is compared on.
+
+    Raises:
+        LayersenseError: there are none.
+    """
+    with open_database(database_file) as database:
+        rows = database.rows(unit, "heldout")[:MOST_HELDOUT]
+    if not rows:
+        raise LayersenseError(
+            f"{database_file}: holds no held-out {unit} to compare an ONNX file on; set `heldout` "
+            "of the dataset"
+        )
+    return rows
 
 
 def _check_space(folder: Path, needed: float) -> None:

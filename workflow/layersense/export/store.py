@@ -10,6 +10,7 @@ from layersense.files import atomic_write
 
 EXPORT_VERSION = 1
 """Raised when what is written for the same recipe changes, which writes it again."""
+ONNX_FILE = "model.onnx"
 FOLDER = "checkpoint"
 """Name of the folder beside ``checkpoint.json``."""
 
@@ -33,10 +34,29 @@ class Expected(msgspec.Struct, kw_only=True):
     """All parameters and buffers of the model that a checkpoint stores."""
     dtype: str
     """Safetensors' name of the type of what stays unquantized."""
+    onnx: bool = False
+    """Whether it is an ONNX file, of which ``quantized``, ``formats`` and ``unquantized`` speak."""
     kv_cache: str | None = None
     """Algorithm of the key-value cache; None if it stays as it is."""
     cached: list[str] = []
     """Attention modules whose cache has scales of its own: calibrated ones."""
+
+
+class OnnxChecked(msgspec.Struct, kw_only=True):
+    """What onnxruntime computes on the held-out images, beside the simulated model."""
+
+    samples: int
+    agreement: float
+    """Share of positions (images, pixels, or queries of a detector) with the same first choice."""
+    distance: float
+    """Σ |onnx − simulated| / Σ |unquantized − simulated| over all outputs."""
+    largest: float
+    """Largest difference from the simulated outputs."""
+    accuracy: float | None
+    """Share of labelled positions whose first choice is the label; None without such labels."""
+    accuracy_simulated: float | None
+    accuracy_before: float | None
+    """Of the unquantized model."""
 
 
 class Checked(msgspec.Struct, kw_only=True):
@@ -57,6 +77,8 @@ class Checked(msgspec.Struct, kw_only=True):
     """Share of their elements that are another value than simulated."""
     worst_steps: float
     """Largest difference, in steps of the format at that element."""
+    onnx: OnnxChecked | None = None
+    """None where a checkpoint in Hugging Face form was written."""
 
 
 class Exported(msgspec.Struct, kw_only=True):

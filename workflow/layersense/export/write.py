@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +141,7 @@ def write_checkpoint_folder(
     try:
         with _quiet_exporter():
             export_hf_checkpoint(model, export_dir=folder, max_shard_size=SHARD)
-        _copy_others(Path(checkpoint.path), folder, code=checkpoint.trust_remote_code)
+        copy_others(Path(checkpoint.path), folder, MADE, code=checkpoint.trust_remote_code)
         untie(folder / "config.json", expected)
     except (OSError, SafetensorError) as error:
         raise no_space(folder, error) from error
@@ -174,10 +174,11 @@ def untie(config_file: Path, expected: Expected) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _copy_others(source: Path, folder: Path, *, code: bool) -> None:
+def copy_others(source: Path, folder: Path, made: Sequence[str], *, code: bool) -> None:
+    """Copy what a checkpoint holds beside its weights, but for the files that were made anew."""
     for pattern in COPIED if code else COPIED[:-1]:
         for file in sorted(source.glob(pattern)):
-            if file.name not in MADE and not file.name.endswith(".safetensors.index.json"):
+            if file.name not in made and not file.name.endswith(".safetensors.index.json"):
                 shutil.copyfile(file, folder / file.name)
 
 

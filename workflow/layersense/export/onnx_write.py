@@ -1,0 +1,200 @@
+"""Write a quantized image model as ONNX with Q/DQ nodes (torch)."""
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from layersense.errors import LayersenseError
+from layersense.export.allow import Plan
+from layersense.export.store import ONNX_FILE, Expected
+from layersense.export.write import copy_others, no_space
+from layersense.manifests.schema import Manifest
+from layersense.models.checkpoints import Checkpoint
+from layersense.models.tasks.protocol import Batch
+from layersense.quantization.formats import NONE
+
+OPSET = 20
+"""From 19 on, `QuantizeLinear` takes 8-bit floats; 20 is the last that torch's tracing export
+writes."""
+OUTPUTS = ("logits", "pred_boxes")
+_TRT = {
+    "TRT_FP8QuantizeLinear": "QuantizeLinear",
+    "TRT_FP8DequantizeLinear": "DequantizeLinear",
+}
+
+
+class Inference(nn.Module):
+    """A model of images without labels: tensors in, tensors out.
+
+    Args:
+        model: a classifier, segmenter or detector of transformers, or a classifier or segmenter of
+            torchvision.
+        inputs: names of its inputs, ``pixel_values`` first.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.inputs = model, tuple(inputs)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return logits and, of a detector, boxes."""
+        if not hasattr(self.model, "config"):
+            output = self.model(*tensors)
+            return (output if isinstance(output, Tensor) else output["out"],)
+        output = self.model(**dict(zip(self.inputs, tensors, strict=True)))
+        found = (getattr(output, name, None) for name in OUTPUTS)
+        return tuple(tensor for tensor in found if tensor is not None)
+
+
+def run(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a model's outputs by name, on the CPU in float32."""
+    with torch.no_grad():
+        outputs = Inference(model, list(inputs))(*inputs.values())
+    return {name: tensor.float().cpu() for name, tensor in zip(OUTPUTS, outputs, strict=False)}
+
+
+class Heldout:
+    """Held-out images, and what the unquantized model makes of them.
+
+    Args:
+        model: the model before it is quantized.
+        batches: batches of one image size.
+        device: where the model is.
+        dtype: of its inputs.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.batches = [batch.to(device, dtype) for batch in batches]
+        self.called: set[str] = set()
+        hooks = [
+            module.register_forward_hook(lambda *_, name=name: self.called.add(name))
+            for name, module in model.named_modules()
+        ]
+        self.before = [run(model, batch.inputs) for batch in self.batches]
+        for hook in hooks:
+            hook.remove()
+
+    def frames(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Yield what :func:`layersense.export.onnx_check.check_onnx` compares, batch by batch."""
+        for batch, before in zip(self.batches, self.before, strict=True):
+            frame = {f"input.{name}": tensor.cpu() for name, tensor in batch.inputs.items()}
+            frame |= {f"before.{name}": tensor for name, tensor in before.items()}
+            frame |= {
+                f"simulated.{name}": tensor for name, tensor in run(model, batch.inputs).items()
+            }
+            # A detector's labels count boxes, and several classes of one image are no choice.
+            if not batch.targets and not batch.labels.is_floating_point():
+                frame["labels"] = batch.labels.cpu()
+            yield frame
+
+
+def expect(
+    manifest: Manifest,
+    plan: Plan,
+    formats: Mapping[str, Any],
+    original: str,
+    called: Collection[str],
+) -> Expected:
+    """Return what an ONNX file should hold.
+
+    What only training calls, such as the heads of a detector's inner layers, is not in ``called``
+    and not in the file.
+    """
+    modules = {
+        name: format
+        for handle, format in plan.recipe.items()
+        if format != NONE
+        for name in manifest.layer_sensitivity[handle].module_names
+        if name in called
+    }
+    return Expected(
+        original=original,
+        quantized=modules,
+        shapes={},
+        formats={format: formats[format] for format in sorted(set(modules.values()))},
+        unquantized=[name for name in manifest.layers if name not in modules],
+        changed=[],
+        parameters=[],
+        dtype="F32",
+        onnx=True,
+    )
+
+
+def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
+    """Write a quantized model: any number of images, all of the size of those in ``inputs``.
+
+    ModelOpt's quantizers become Q/DQ nodes; those of 8-bit floats, which it writes as nodes of
+    TensorRT's own, are made standard ones of the same meaning.
+
+    Raises:
+        LayersenseError: torch cannot trace the model.
+    """
+    wrapped = Inference(model, list(inputs)).eval()
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            count = len(wrapped(*inputs.values()))
+            torch.onnx.export(
+                wrapped,
+                tuple(inputs.values()),
+                str(file),
+                opset_version=OPSET,
+                dynamo=False,
+                input_names=list(inputs),
+                output_names=list(OUTPUTS[:count]),
+                dynamic_axes={name: {0: "images"} for name in (*inputs, *OUTPUTS[:count])},
+            )
+    except (RuntimeError, TypeError, ValueError, torch.onnx.errors.OnnxExporterError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LayersenseError(
+            f"{type(model).__name__}: torch cannot write this model as ONNX ({first}); leave "
+            "`export` of the run out"
+        ) from error
+    graph = onnx.load(str(file))
+    standard_fp8(graph)
+    onnx.save(graph, str(file))
+
+
+def standard_fp8(model: Any) -> None:
+    """Turn TensorRT's own Q/DQ nodes of 8-bit floats into those of the standard, in place."""
+    kept, zeros = [], 0
+    for node in model.graph.node:
+        if node.op_type in _TRT:
+            zero = f"{node.name or node.output[0]}_zero_point"
+            # The zero point says which type the quantized values have.
+            value = helper.make_tensor(zero, TensorProto.FLOAT8E4M3FN, [], [0.0])
+            kept.append(helper.make_node("Constant", [], [zero], name=f"{zero}_node", value=value))
+            node.op_type, node.domain = _TRT[node.op_type], ""
+            node.input.append(zero)
+            zeros += 1
+        kept.append(node)
+    if zeros:
+        # Types that the exporter noted down for its own nodes, whose values were bytes.
+        del model.graph.value_info[:]
+        nodes = [*kept]
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+
+
+def write_folder(model: nn.Module, heldout: Heldout, folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the ONNX file of a quantized model, with config and image processor of the original.
+
+    Raises:
+        LayersenseError: torch cannot trace the model, or the disk is full.
+    """
+    try:
+        write_onnx(model, heldout.batches[0].inputs, folder / ONNX_FILE)
+        made = ("model.safetensors.index.json",)
+        copy_others(Path(checkpoint.path), folder, made, code=checkpoint.trust_remote_code)
+    except OSError as error:
+        raise no_space(folder, error) from error
