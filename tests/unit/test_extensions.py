@@ -327,6 +327,28 @@ def test_jobs_at_once_build_once(builds: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_compiler_that_pip_has_installed_is_found(
+    builds: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builds.cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setenv("LIBRARY_PATH", "/mine")
+    packages, folder = tmp_path / "packages", tmp_path / "folder"
+    folder.mkdir()
+    builds._find_installed_compiler(packages, folder)
+    assert builds.cpp_extension.CUDA_HOME is None
+    home = packages / "nvidia" / "cu13"
+    for file in ("bin/nvcc", "lib/libcudart.so.13"):
+        (home / file).parent.mkdir(parents=True)
+        (home / file).touch()
+    for _ in range(2):  # a second build finds the link
+        builds._find_installed_compiler(packages, folder)
+    assert Path(builds.cpp_extension.CUDA_HOME) == home
+    assert (folder / "lib/libcudart.so").resolve() == (home / "lib/libcudart.so.13").resolve()
+    assert f"{folder}/lib:" in builds.os.environ["LIBRARY_PATH"]
+    assert builds.os.environ["LIBRARY_PATH"].endswith(":/mine")
+
+
+@pytest.mark.slow
 def test_modelopt_itself_says_why_it_builds_nothing_here(builds: Any, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():

@@ -391,7 +391,11 @@ def _ask(*command: str) -> str | None:
 
 
 def _program(name: str) -> str | None:
-    return shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    beside = Path(sys.executable).parent
+    # pip installs nvcc among Python's packages.
+    installed = beside.parent.glob("lib/python*/site-packages/nvidia/cu*/bin")
+    folders = [beside, *installed, os.environ.get("PATH", "")]
+    return shutil.which(name, path=":".join(map(str, folders)))
 
 
 def _short(path: Path) -> str:

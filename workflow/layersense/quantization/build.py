@@ -22,6 +22,7 @@ import msgspec
 import torch
 from modelopt.torch.kernels.quantization.conv import implicit_gemm_cuda
 from modelopt.torch.quantization import extensions as modelopt_extensions
+from torch.utils import cpp_extension
 
 from layersense.errors import LayersenseError
 from layersense.files import atomic_write, exclusive
@@ -156,6 +157,8 @@ def _build(extension: str, folder: Path, key: str) -> tuple[Built, ModuleType | 
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     # ninja stands beside Python where a virtual environment is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+    if cpp_extension.CUDA_HOME is None:
+        _find_installed_compiler(Path(torch.__file__).parents[1], folder)
     started = time.monotonic()
     reason, module = "", None
     try:
@@ -176,6 +179,29 @@ def _build(extension: str, folder: Path, key: str) -> tuple[Built, ModuleType | 
         extension=extension, state="built", key=key, library=str(library), seconds=seconds
     )
     return built, module
+
+
+def _find_installed_compiler(packages: Path, folder: Path) -> None:
+    """Let torch find the nvcc that pip has installed, which lies where no CUDA is looked for.
+
+    Args:
+        packages: Python's folder of packages.
+        folder: where a link to the CUDA runtime is made, which pip installs under no name that a
+            linker looks for.
+    """
+    for home in sorted(packages.glob("nvidia/cu*"), reverse=True):
+        runtimes = sorted(home.glob("lib/libcudart.so.*"))
+        if not (home / "bin" / "nvcc").is_file() or not runtimes:
+            continue
+        cpp_extension.CUDA_HOME = str(home)
+        link = folder / "lib" / "libcudart.so"
+        link.parent.mkdir(exist_ok=True)
+        with suppress(FileExistsError):
+            link.symlink_to(runtimes[-1])
+        paths = [str(link.parent), *filter(None, [os.environ.get("LIBRARY_PATH")])]
+        os.environ["LIBRARY_PATH"] = ":".join(paths)
+        logger.info("nvcc of %s", home)
+        return
 
 
 def _by_modelopt(getter: Any) -> Callable[[], ModuleType | None]:
