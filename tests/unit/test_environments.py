@@ -13,6 +13,9 @@ CONDA_ONLY = {"python", "pip", "cuda-nvcc", "gxx"}
 # On PyPI and conda-forge the same package has two names or comes in the other way.
 CONDA_NAMES = {"nvidia-cuda-nvcc": "cuda-nvcc", "ninja": "ninja"}
 
+# Parts of nvcc, which conda's package brings along.
+PARTS_OF_NVCC = ("nvidia-cuda-crt", "nvidia-nvvm")
+
 
 def requirements(folder: Path, name: str) -> dict[str, str]:
     pins: dict[str, str] = {}
@@ -38,6 +41,8 @@ def conda(folder: Path, name: str) -> tuple[dict[str, str], dict[str, str]]:
 def test_conda_file_and_requirements_pin_the_same(repository: Path, name: str) -> None:
     expected = requirements(repository / "envs", name)
     own, pip = conda(repository / "envs", name)
+    parts = {expected.pop(package, None) for package in PARTS_OF_NVCC}
+    assert parts == {expected.get("nvidia-cuda-nvcc")}
     for package, conda_name in CONDA_NAMES.items():
         if package in expected:
             assert expected.pop(package).startswith(own.pop(conda_name))
