@@ -383,6 +383,54 @@ def init(
     typer.echo(write_config(checkpoint, data, out, device=device))
 
 
+@app.command(rich_help_panel=PEOPLE)
+def reach(
+    configfile: Annotated[Path, typer.Argument(help="Config.")],
+    run: Annotated[
+        list[str] | None, typer.Option(help="A run of the config; may be repeated. Default: all.")
+    ] = None,
+    device: Annotated[
+        Literal["cuda", "cpu"] | None, typer.Option(help="Where to run it; default: the run's.")
+    ] = None,
+) -> None:
+    """Say what each run's loss reaches, by a few samples, before anything is scored.
+
+    Needs the run's model and dataset, which Snakemake makes without a GPU; what is missing is named
+    with the command. Exits with 1 if a loss misses a whole subsystem.
+
+    Example: layersense reach config/my-model.yaml --device cpu
+    """
+    _quiet()
+    from layersense import paths
+    from layersense.scoring.reach import advice, reach_run, summary
+    from layersense.settings import score_settings
+    from layersense.validation import load_config, read_config_file
+
+    config = load_config(read_config_file(configfile), str(configfile))
+    if unknown := [name for name in run or () if name not in config.runs]:
+        raise LayersenseError(
+            f"{configfile}: has no run {unknown[0]}; name one of {', '.join(config.runs)}"
+        )
+    complete = True
+    for name in run or config.runs:
+        entry = config.runs[name]
+        files = paths.model(entry.model), paths.calibration(entry.dataset)
+        if missing := [file for file in files if not Path(file).exists()]:
+            raise LayersenseError(
+                f"run {name}: {missing[0]} is not there yet; run `snakemake {' '.join(missing)} "
+                f"--cores 2 --configfile {configfile}`"
+            )
+        settings = score_settings(config, name)
+        settings["device"] = device or settings["device"]
+        found, samples = reach_run(
+            settings, model_file=Path(files[0]), database_file=Path(files[1]), gpus=entry.gpus
+        )
+        complete = complete and not any(part.unreached for part in found)
+        for line in (summary(found, samples), *advice(found, samples)):
+            typer.echo(f"{name}: {line}")
+    raise typer.Exit(0 if complete else 1)
+
+
 @app.command("import", rich_help_panel=PEOPLE)
 def import_(
     files: Annotated[list[Path], typer.Argument(help="Manifests, or ModelOpt's states (.pt).")],

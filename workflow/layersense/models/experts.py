@@ -22,7 +22,7 @@ def watch_experts(model: nn.Module) -> None:
     gradients, under ``kl_div`` what runs in inference mode.
     """
     for name, module in model.named_modules():
-        if _is_fused(module):
+        if is_fused(module):
             module.register_forward_pre_hook(_on_fused, with_kwargs=True)
         elif _EXPERT.match(f"{name}.") and next(module.children(), None) is None:
             module.register_forward_pre_hook(_on_own)
@@ -47,7 +47,7 @@ def unreached_experts(
 def _experts(model: nn.Module, module_names: Sequence[str]) -> Iterator[tuple[int, bool]]:
     for name in module_names:
         module = model.get_submodule(name)
-        if _is_fused(module):
+        if is_fused(module):
             seen: Any = getattr(module, _SEEN, None)
             reached = [False] * _count(module) if seen is None else seen.tolist()
             yield from enumerate(reached)
@@ -55,7 +55,8 @@ def _experts(model: nn.Module, module_names: Sequence[str]) -> Iterator[tuple[in
             yield int(match[2]), hasattr(module, _SEEN)
 
 
-def _is_fused(module: nn.Module) -> bool:
+def is_fused(module: nn.Module) -> bool:
+    """Return whether a module holds all experts of a layer as 3-D weights."""
     if not isinstance(getattr(module, "num_experts", None), int):
         return False
     # The class's own forward: ModelOpt replaces that of the instance.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layersense.calibration.database import open_database
 from layersense.errors import LayersenseError
@@ -33,6 +33,9 @@ from layersense.scoring.scores import (
     read_scores,
     write_scores,
 )
+
+if TYPE_CHECKING:
+    from layersense.scoring.measurement import Measurement
 
 logger = logging.getLogger(__name__)
 
@@ -157,10 +160,8 @@ def _measure(
         start = time.monotonic()
         import torch
 
-        from layersense.models.tasks import get_task
         from layersense.quantization.modelopt_formats import require_kernel, validate_format
         from layersense.scoring.engines import get_engine
-        from layersense.scoring.measurement import Measurement, sampling_of
 
         seconds = round(time.monotonic() - start, 3)
         logger.info(
@@ -180,40 +181,8 @@ def _measure(
         for format in wanted:
             validate_format(format)
             require_kernel(format, device)
-        task = get_task(checkpoint.task)
-        unit = task.unit(settings["modality"])
-        sampling = settings["sampling"]
-        with open_database(database_file) as database:
-            rows = database.rows(unit, "calibration", limit=sampling["calibration_samples"])
-            if not rows:
-                raise LayersenseError(
-                    f"{database_file}: holds no {unit}s to calibrate on, which task "
-                    f"{checkpoint.task} needs; take a dataset that has them"
-                )
-            score_rows = rows[: sampling["score_samples"]]
-            dataset = Dataset(
-                name=database_file.stem,
-                source=database.meta["source"],
-                digest=database.meta["digest"],
-                modality=settings["modality"],
-                unit=unit,
-                calibration_samples=len(rows),
-                score_samples=len(score_rows),
-            )
-        measurement = Measurement(
-            checkpoint=checkpoint,
-            task=task,
-            sampling=sampling_of(settings),
-            method=settings["method"],
-            calibration_rows=rows,
-            score_rows=score_rows,
-            calibration_batch_size=sampling["calibration_batch_size"],
-            score_batch_size=sampling["batch_size"],
-            dtype=settings["dtype"],
-            device=torch.device(device),
-            seed=sampling["seed"],
-            in_progress=in_progress,
-            gpus=gpus,
+        measurement, dataset = prepare_measurement(
+            settings, checkpoint, database_file, gpus=gpus, in_progress=in_progress
         )
         model = Model(
             name=model_name,
@@ -254,6 +223,68 @@ def _measure(
                 left_out=left_out,
             )
             yield held
+
+
+def prepare_measurement(
+    settings: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    database_file: Path,
+    *,
+    gpus: int = 1,
+    in_progress: InProgress | None = None,
+) -> tuple["Measurement", Dataset]:
+    """Return what a run measures, and on what.
+
+    Args:
+        settings: the run's part of the config, from ``settings.score_settings``.
+        checkpoint: the model.
+        database_file: calibration database.
+        gpus: GPUs that the model is spread over.
+        in_progress: where completed batches of a long measurement are kept.
+
+    Raises:
+        LayersenseError: the dataset has no rows that the task needs.
+    """
+    import torch
+
+    from layersense.models.tasks import get_task
+    from layersense.scoring.measurement import Measurement, sampling_of
+
+    task = get_task(checkpoint.task)
+    unit = task.unit(settings["modality"])
+    sampling = settings["sampling"]
+    with open_database(database_file) as database:
+        rows = database.rows(unit, "calibration", limit=sampling["calibration_samples"])
+        if not rows:
+            raise LayersenseError(
+                f"{database_file}: holds no {unit}s to calibrate on, which task "
+                f"{checkpoint.task} needs; take a dataset that has them"
+            )
+        score_rows = rows[: sampling["score_samples"]]
+        dataset = Dataset(
+            name=database_file.stem,
+            source=database.meta["source"],
+            digest=database.meta["digest"],
+            modality=settings["modality"],
+            unit=unit,
+            calibration_samples=len(rows),
+            score_samples=len(score_rows),
+        )
+    return Measurement(
+        checkpoint=checkpoint,
+        task=task,
+        sampling=sampling_of(settings),
+        method=settings["method"],
+        calibration_rows=rows,
+        score_rows=score_rows,
+        calibration_batch_size=sampling["calibration_batch_size"],
+        score_batch_size=sampling["batch_size"],
+        dtype=settings["dtype"],
+        device=torch.device(settings["device"]),
+        seed=sampling["seed"],
+        in_progress=in_progress,
+        gpus=gpus,
+    ), dataset
 
 
 def extensions_here(

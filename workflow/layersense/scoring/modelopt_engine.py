@@ -38,6 +38,7 @@ from layersense.scoring.measurement import (
     timed,
 )
 from layersense.scoring.progress import Progress
+from layersense.scoring.reach import log_reach
 from layersense.scoring.recorder import Recorder
 from layersense.scoring.scores import Fit, FormatScores
 
@@ -51,6 +52,8 @@ class Call:
     formats: Sequence[Format]
     score_batch_size: int
     back_offs: Sequence[str] = field(default=())
+    first: bool = False
+    """Whether nothing has run before it."""
 
 
 def measure(
@@ -67,8 +70,8 @@ def measure(
             scored by this engine.
     """
     calls = [
-        Call(formats=call, score_batch_size=measurement.score_batch_size)
-        for call in joint_calls(formats)
+        Call(formats=call, score_batch_size=measurement.score_batch_size, first=index == 0)
+        for index, call in enumerate(joint_calls(formats))
     ]
     while calls:
         call = calls.pop(0)
@@ -87,13 +90,15 @@ def _smaller_calls(call: Call, error: Exception) -> list[Call]:
         size = call.score_batch_size // 2
         note = f"scoring batch reduced from {call.score_batch_size} to {size} samples"
         logger.warning("out of memory: %s", note)
-        return [replace(call, score_batch_size=size, back_offs=(*call.back_offs, note))]
+        return [
+            replace(call, score_batch_size=size, back_offs=(*call.back_offs, note), first=False)
+        ]
     if len(call.formats) > 1:
         middle = len(call.formats) // 2
         note = f"{len(call.formats)} formats measured in two calls instead of one"
         logger.warning("out of memory: %s", note)
         return [
-            replace(call, formats=part, back_offs=(*call.back_offs, note))
+            replace(call, formats=part, back_offs=(*call.back_offs, note), first=False)
             for part in (call.formats[:middle], call.formats[middle:])
         ]
     raise LayersenseError(
@@ -110,6 +115,10 @@ def _measure_call(
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
         loaded = load(measurement)
+    if call.first:
+        with timed(seconds, "dry pass"):
+            log_reach(measurement, loaded)
+    with timed(seconds, "load"):
         calibration = task.batches(
             loaded,
             measurement.calibration_rows,

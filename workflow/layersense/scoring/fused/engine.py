@@ -43,6 +43,7 @@ from layersense.scoring.measurement import (
     timed,
 )
 from layersense.scoring.progress import Progress
+from layersense.scoring.reach import log_reach
 from layersense.scoring.scores import Agreement, Fit, FormatScores
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,9 @@ class _Engine:
         what = self.measurement
         with timed(self.seconds, "load"):
             self.loaded: Loaded = load(what)
+        with timed(self.seconds, "dry pass"):
+            log_reach(what, self.loaded)
+        with timed(self.seconds, "load"):
             self.model: nn.Module = self.loaded.model
             self.dtype = floating_dtype(self.model)
             self.model.requires_grad_(False)
