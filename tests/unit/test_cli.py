@@ -29,7 +29,8 @@ def test_every_rule_has_its_command() -> None:
     named = {part.split()[0] for part in text.split("-m layersense ")[1:]}
     assert named <= set(COMMANDS)
     people = {
-        "import", "init", "reach", "estimate", "show", "diff", "validate", "doctor", "apply", "check",
+        "import", "init", "reach", "estimate", "show", "diff", "validate", "doctor", "apply",
+        "check",
     }  # fmt: skip
     assert set(COMMANDS) - named == people
 

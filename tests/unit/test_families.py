@@ -312,9 +312,19 @@ def test_experts_are_one_group_and_routers_are_listed(
         weights = sum(p.numel() for p in module.parameters() if p.ndim > 2)
         assert group.n_weights == weights
         assert group.n_experts == module.num_experts
+        assert group.experts_per_token == 2
         router = result.scores.layers[module_name.replace(".experts", ".gate")]
         assert router.group is None
         assert "TopKRouter" in (router.reason or "")
+
+
+def test_active_parameters_leave_out_the_experts_that_do_not_work(
+    studied: Any, checkpoint: Any
+) -> None:
+    about = studied("qwen3_moe").scores.model
+    # Each of 2 layers has 6 experts, of which 2 work: gate, up and down are 32 × 32 each.
+    assert about.n_parameters - about.n_active_parameters == 2 * 4 * 3 * 32 * 32
+    assert studied("qwen3").scores.model.n_active_parameters is None
 
 
 def test_experts_that_no_token_reached_are_named(shared: Path, checkpoint: Any) -> None:

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 _SEEN = "_layersense_experts_seen"
+_CHOSEN = "_layersense_experts_chosen"
+_CHOSEN_KEYS = ("num_experts_per_tok", "num_selected_experts", "moe_topk", "top_k_experts", "moe_k")
+"""How configs of transformers call the number of experts that work on a token."""
 _ROUTING = "top_k_index"
 """The argument by which transformers tells fused experts who works on which token."""
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.")
@@ -44,6 +47,21 @@ def unreached_experts(
     return len(found), sorted(number for number, reached in found.items() if not reached)
 
 
+def experts_per_token(model: nn.Module, module_names: Sequence[str]) -> int | None:
+    """Return how many experts of a layer group work on each token, or None if that is unknown.
+
+    Fused experts were told; of others the model's config may say it.
+    """
+    told = (getattr(model.get_submodule(name), _CHOSEN, None) for name in module_names)
+    if (count := next((count for count in told if count), None)) is not None:
+        return int(count)
+    config: Any = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    found = (getattr(config, key, None) for key in _CHOSEN_KEYS)
+    return next((count for count in found if isinstance(count, int)), None)
+
+
 def _experts(model: nn.Module, module_names: Sequence[str]) -> Iterator[tuple[int, bool]]:
     for name in module_names:
         module = model.get_submodule(name)
@@ -72,6 +90,7 @@ def _on_fused(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     chosen = kwargs.get(_ROUTING, args[1] if len(args) > 1 else None)
     if not _scoring() or not isinstance(chosen, torch.Tensor):
         return
+    object.__setattr__(module, _CHOSEN, chosen.shape[-1])
     seen = getattr(module, _SEEN, None)
     if seen is None:
         # Stays on the device, so that no layer waits for a transfer.

@@ -7,7 +7,7 @@ from modelopt.torch.quantization.algorithms import QuantRecipeHparam
 from modelopt.torch.quantization.nn import QuantModule
 from torch import nn
 
-from layersense.models.experts import unreached_experts
+from layersense.models.experts import experts_per_token, unreached_experts
 from layersense.models.tasks.protocol import Loaded, Task
 from layersense.scoring.scores import Group, Layer
 
@@ -18,6 +18,15 @@ class Inventory:
 
     layers: dict[str, Layer]
     groups: dict[str, Group]
+
+    @property
+    def idle_weights(self) -> int:
+        """Weights of experts that, for any one token, do no work."""
+        return sum(
+            group.n_weights * (group.n_experts - group.experts_per_token) // group.n_experts
+            for group in self.groups.values()
+            if group.n_experts and group.experts_per_token
+        )
 
 
 def take_inventory(
@@ -72,6 +81,7 @@ def take_inventory(
             block=layer.block,
             kind=layer.kind,
             n_experts=n_experts,
+            experts_per_token=experts_per_token(model, names) if n_experts else None,
             unreached_experts=unreached,
         )
     return Inventory(layers=layers, groups=groups)

@@ -203,6 +203,8 @@ def _measure(
             return
         measure = get_engine(settings["engine"])
         for inventory, entries in measure(measurement, wanted):
+            if idle := inventory.idle_weights:
+                model.n_active_parameters = model.n_parameters - idle
             for name, entry in entries.items():
                 entry.digest = digests[name]
                 entry.settings = {**settings, "format": formats[name]}

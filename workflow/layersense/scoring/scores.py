@@ -42,6 +42,8 @@ class Group(msgspec.Struct, kw_only=True):
     kind: str
     n_experts: int | None = None
     """How many experts it holds; None if it is no mixture of experts."""
+    experts_per_token: int | None = None
+    """How many of them work on each token; None if that is unknown."""
     unreached_experts: list[int] = []
     """Numbers of the experts that no scored token was sent to."""
 
@@ -70,6 +72,9 @@ class Model(msgspec.Struct, kw_only=True):
     task: str
     architecture: str
     n_parameters: int
+    n_active_parameters: int | None = None
+    """Those that work on a token; None if it is no mixture of experts, or one that does not say how
+    many experts a token has."""
     dtype: str
     trust_remote_code: bool
     trained_on_calibration: bool = False
