@@ -20,6 +20,7 @@ from layersense.errors import LayersenseError
 from layersense.models.checkpoints import (
     as_pickle,
     guess_task,
+    peek,
     read_checkpoint,
     resolve,
     write_checkpoint,
@@ -291,6 +292,8 @@ def test_a_pickle_of_ultralytics_needs_consent(tmp_path: Path) -> None:
         as_pickle("m", CheckpointModel(**keys))
     assert as_pickle("m", CheckpointModel(**keys, trust_remote_code=True)) == pickled
     assert as_pickle("m", llama(checkpoint=str(tmp_path))) is None
+    with pytest.raises(LayersenseError, match="is not on this machine yet"):
+        peek("m", CheckpointModel(**keys, trust_remote_code=True))
 
 
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", "a/b", 3])

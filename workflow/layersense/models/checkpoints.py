@@ -91,7 +91,9 @@ def peek(name: str, model: Model) -> Checkpoint:
     Raises:
         LayersenseError: it is no directory, or cannot be used.
     """
-    folder = None if isinstance(model, DemoModel) else _as_directory(model.checkpoint)
+    folder = None
+    if not isinstance(model, DemoModel) and not is_pickle(model.checkpoint):
+        folder = _as_directory(model.checkpoint)
     if folder is None:
         raise LayersenseError(
             f"models.{name}: is not on this machine yet; run `snakemake "
