@@ -16,6 +16,7 @@ from tiny_models import edit_json, save_tiny_llama, save_tiny_qwen2_5_vl
 
 from layersense.config import OwnFormat
 from layersense.errors import LayersenseError
+from layersense.export import check as check_module
 from layersense.export import job as job_module
 from layersense.export import vllm_rules
 from layersense.export.allow import WRITES, Written, make_plan, nearest_format, tensors, writes
@@ -338,6 +339,28 @@ def test_the_check_compares_packed_weights_with_what_was_simulated(shipped):
     assert "is not the simulated one" in shifted.problems[0]
     nothing = check_checkpoint(folder, expected, iter(()))
     assert "were not compared" in nothing.problems[0]
+
+
+@pytest.mark.parametrize("name", ["INT4_AWQ_ALL_LAYERS_CFG", "NVFP4_ALL_LAYERS_CFG", FP8,
+                                  "FP8_2D_BLOCKWISE_WEIGHT_ONLY_ALL_LAYERS_CFG", INT8])  # fmt: skip
+def test_a_large_weight_is_compared_some_rows_at_a_time(name, monkeypatch):
+    written = WRITES[name]
+    generator = torch.Generator().manual_seed(0)
+    types = {"F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8,
+             "I8": torch.int8}  # fmt: skip
+    found = {}
+    for suffix, (dtype, shape) in tensors(written, (512, 256), "BF16").items():
+        if suffix in ("weight", "weight_scale", "weight_scale_2"):
+            high = 100 if suffix == "weight" else 8
+            drawn = torch.randint(1, high, shape, generator=generator)
+            found[suffix] = drawn.float().to(types[dtype])
+    whole, _ = unpack(written, found)
+    whole[300, 7] += 1e6
+    for size in (2**24, 128 * 256):
+        monkeypatch.setattr(check_module, "CHUNK", size)
+        largest, differing = check_module._distance(written, found, whole)
+        assert differing == 1
+        assert largest > 100
 
 
 def test_the_check_reads_the_lists(shipped):
