@@ -7,21 +7,14 @@ is made first; nothing of the repository itself changes. Prints Markdown.
 """
 
 import csv
-import os
-import platform
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from studies import large_config, machine, measured, repository_copy
+from studies import snakemake as command
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-COPIED = ("Snakefile", "workflow", "profiles", "envs", "config")
 NAMES = ("idle", "report", "dry-run", "demo")
 REPORT = Path("results/demo.captions/fp8_language/layer-sensitivity-report.md")
 TEMPLATE = Path("workflow/templates/layer-sensitivity-report.md.j2")
@@ -34,22 +27,13 @@ def main() -> None:
     if unknown := set(names) - set(NAMES):
         sys.exit(f"{', '.join(sorted(unknown))}: expected {', '.join(NAMES)}")
     print(machine(), end="\n\n")
-    with tempfile.TemporaryDirectory(prefix="layersense-workflow-") as folder:
-        root = Path(folder)
-        for name in COPIED:
-            source = REPOSITORY / name
-            if source.is_dir():
-                shutil.copytree(
-                    source, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
-                )
-            else:
-                shutil.copy2(source, root / name)
+    with repository_copy() as root:
         rows = []
         if "dry-run" in names:
             rows.append(dry_run(root))
         if set(names) - {"dry-run"}:
             # The first call of all compiles bytecode, as after a clone.
-            seconds, _ = snakemake(root, [])
+            seconds, _ = snakemake(root)
             if "demo" in names:
                 rows.append((f"`make demo` after the install, {CORES} cores", [seconds], 240))
             if "idle" in names:
@@ -73,7 +57,7 @@ Row = tuple[str, list[float], int]
 def idle(root: Path) -> Row:
     times = []
     for _ in range(5):
-        seconds, output = snakemake(root, [])
+        seconds, output = snakemake(root)
         assert "Nothing to be done" in output
         times.append(seconds)
     return "nothing to do: `snakemake` after the demo", times, 6
@@ -84,7 +68,7 @@ def one_report(root: Path) -> Row:
     times = []
     for number in range(5):
         template.write_text(template.read_text() + f"\nEdit {number}.\n")
-        seconds, output = snakemake(root, [str(REPORT)])
+        seconds, output = snakemake(root, str(REPORT))
         assert "1 of 1 steps (100%) done" in output, output
         assert f"Edit {number}." in (root / REPORT).read_text()
         times.append(seconds)
@@ -92,51 +76,21 @@ def one_report(root: Path) -> Row:
 
 
 def dry_run(root: Path) -> Row:
-    config = {
-        "datasets": {"sample": {"source": "sample", "calibration": 96, "heldout": 16}},
-        "models": {
-            f"model-{i}": {"checkpoint": f"owner/model-{i}", "task": "image-text-to-text"}
-            for i in range(MODELS)
-        },
-        "schemes": {
-            f"fp8-{i}": {"quant_formats": ["FP8_ALL_LAYERS_CFG"], "effective_bits": 8.5 + i / 4}
-            for i in range(SCHEMES)
-        },
-        "runs": {
-            f"run-{i}": {
-                "model": f"model-{i}",
-                "dataset": "sample",
-                "schemes": [f"fp8-{j}" for j in range(SCHEMES)],
-            }
-            for i in range(MODELS)
-        },
-    }
-    file = root / "large.yaml"
-    file.write_text(yaml.safe_dump(config))
+    (root / "large.yaml").write_text(yaml.safe_dump(large_config(MODELS, SCHEMES)))
     times = []
     for _ in range(3):
-        arguments = ["--configfile", str(file), "--resources", "gpu=1", "--dry-run"]
-        seconds, output = snakemake(root, arguments)
+        arguments = ["--configfile", "large.yaml", "--resources", "gpu=1", "--dry-run"]
+        seconds, output = snakemake(root, *arguments)
         solve = next(line.split() for line in output.splitlines() if line.startswith("solve "))
         assert solve == ["solve", str(MODELS * SCHEMES)]
         times.append(seconds)
     return f"dry run of {MODELS} models × {SCHEMES} schemes", times, 20
 
 
-def snakemake(root: Path, arguments: Sequence[str]) -> tuple[float, str]:
+def snakemake(root: Path, *arguments: str) -> tuple[float, str]:
     """Run Snakemake in the copy; return its wall seconds and what it printed."""
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", *arguments, "--cores", str(CORES)],
-        cwd=root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    seconds = time.perf_counter() - start
-    if done.returncode:
-        sys.exit(done.stdout)
-    return seconds, done.stdout
+    done = measured(command(*arguments, cores=CORES), root)
+    return done.seconds, done.output
 
 
 def print_phases(folder: Path) -> None:
@@ -157,16 +111,6 @@ def print_phases(folder: Path) -> None:
             f"| {phase} | {len(jobs)} | {sum(seconds):.1f} | {max(seconds):.1f} "
             f"| {max(job[1] for job in jobs):.0f} |"
         )
-
-
-def machine() -> str:
-    """Return what the numbers were measured on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{os.cpu_count()} cores, {model}, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":
