@@ -2,19 +2,79 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import score_files as sf
 
 from layersense import config
+from layersense.manifests.read import read_own_manifest
 from layersense.manifests.schema import encode_manifest
 from layersense.manifests.tables import write_layers, write_runs, write_sensitivity
 from layersense.recipes.decide import build_manifest
 from layersense.recipes.frontier import write_frontier
 from layersense.scoring.scores import Scores
+from layersense.verification.plan import make_plan
+from layersense.verification.store import Before, Damage, MeasuredRecipe, Single, Verification
+from layersense.verification.table import verification_table
 
 FP8, INT8, INT4 = sf.FORMATS
 HOSTILE = "x|y`z`<script>alert(1)</script>'\"&amp;</style>\n# h\x1b[31m\u202e[l](javascript:x)=1"
 """A name that every kind of output could trip over."""
+
+VERIFY = config.Verify(points=3, random=4)
+WEIGHTS = (1.1, 0.9, 1.0, 1.025)
+"""How the damage of each of four held-out units differs from their mean."""
+
+
+def measured(manifests, options, scale=lambda handle, format: 1.0):
+    """A verification in which every group does twice its score, and damages add up."""
+    plan = make_plan(manifests, options)
+    group = manifests[0].layer_sensitivity
+    positions = [3, 5, 4, 8]
+
+    def damage(per_position):
+        kl = [per_position * n * factor for n, factor in zip(positions, WEIGHTS, strict=True)]
+        return Damage(digest="x", kl=kl, agree=positions, correct=[1, 2, 2, 3], loss=[12.0, 13.0])
+
+    def of(handle, format):
+        if format == "NONE":
+            return 0.0
+        entry = group[handle]
+        index = [label.split("(")[0] for label in entry.formats].index(format)
+        return 2 * entry.scores[index] * scale(handle, format)
+
+    return Verification(
+        run="demo",
+        heldout_samples=4,
+        exact_reuse=True,
+        before=Before(
+            digest="c", positions=positions, correct=[1, 2, 3, 4], loss=[10.0, 10.0], tokens=[8, 12]
+        ),
+        singles={
+            format: {handle: Single(damage=damage(of(handle, format))) for handle in handles}
+            for format, handles in plan.singles.items()
+        },
+        recipes={
+            planned.digest: MeasuredRecipe(
+                recipe=planned.recipe,
+                damage=damage(sum(of(h, name) for h, name in planned.recipe.items())),
+            )
+            for planned in plan.recipes
+        },
+        seconds={},
+        peak_memory_bytes=0,
+        environment={},
+    )
+
+
+def write_verification(place: Path, options: config.Verify = VERIFY, **keys: Any) -> Path:
+    """Write the ``verification.parquet`` of a run from the one result in ``place``."""
+    manifest = read_own_manifest(place / "manifest.json")
+    out = place.parent / "verification.parquet"
+    table = verification_table([manifest], measured([manifest], options, **keys), options)
+    pq.write_table(table, out)
+    return out
 
 
 def write_result(

@@ -60,6 +60,7 @@ def site(tmp_path_factory, repository):
         rf.write_result(folder, captions, run="captions", quant_formats=[FP8], effective_bits=11),
         rf.write_result(folder, large, run="large", quant_formats=list(large.formats)),
     ]
+    verified = rf.write_verification(places[0])
     rf.write_tables(folder, places)
     templates = repository / "workflow" / "templates"
     write_scripts(folder / "vega.js")
@@ -72,6 +73,7 @@ def site(tmp_path_factory, repository):
             place / "report.html",
             place / "figures",
             place / "frontier.parquet",
+            verified if place == places[0] else None,
         )
         (place / "layer-sensitivity-report.md").write_text("# x\n")
     write_index(
@@ -218,6 +220,11 @@ def test_search_sort_and_details(visit):
     heading(page, "Worst score").click()
     until(page, "sort=4.desc")
     assert layers(page)[0] == "lm_head"
+    # A third click ends the sorting, and the URL says so: it is the view that a colleague gets.
+    heading(page, "Worst score").click()
+    page.wait_for_function("!location.hash.includes('sort')")
+    ranked = sorted(sf.DAMAGE, key=lambda name: -sf.DAMAGE[name])
+    assert layers(page) == layers(visit(PAGES[0], state=state(page))) == ranked
     button = page.locator("button.open").first
     button.focus()
     page.keyboard.press("Enter")
@@ -343,6 +350,36 @@ def test_index_compares_two(visit):
     assert other.locator("#comparison").inner_text() == text
     page.select_option("#b", str(one))
     assert "Choose two different reports" in page.locator("#comparison").inner_text()
+
+
+def test_a_third_click_ends_the_sorting_of_the_index(visit):
+    page = visit("index.html")
+    before = rows(page, "reports")
+    for part in ("sort=0.asc", "sort=0.desc"):
+        page.locator("#reports").get_by_role("columnheader", name="Scheme: ").click()
+        until(page, part)
+    page.locator("#reports").get_by_role("columnheader", name="Scheme: ").click()
+    page.wait_for_function("!location.hash.includes('sort')")
+    assert rows(page, "reports") == before
+
+
+def test_measured_points_follow_the_controls(visit):
+    page = visit(PAGES[0])
+    marks = "#chart-measured .mark-symbol.role-mark path"
+    assert page.locator(marks).count() == 7 * 2
+    said = page.locator("#chart-measured .role-mark.mark-text").last.text_content()
+    assert said.count("ρ") == 2
+    page.select_option("#format", FP8)
+    page.wait_for_function(f"document.querySelectorAll({marks!r}).length === 7")
+    page.select_option("#subsystem", "vision")
+    page.wait_for_function(f"document.querySelectorAll({marks!r}).length === 3")
+    page.click("#reset")
+    page.wait_for_function(f"document.querySelectorAll({marks!r}).length === 14")
+    # Hollow marks on the frontier, beside the filled ones.
+    assert page.locator("#chart-frontier path[fill='transparent']").count() > 0
+    page.locator(marks).nth(3).click()
+    until(page, "search=")
+    assert len(layers(page)) == 1
 
 
 def test_index_finds_a_model(visit):

@@ -5,6 +5,7 @@ import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
+import altair as alt
 import msgspec
 import pytest
 import result_files as rf
@@ -14,9 +15,10 @@ from result_files import FP8, INT4
 
 from layersense import config
 from layersense.errors import LayersenseError
-from layersense.reports.charts import SMALL, write_scripts
-from layersense.reports.html import page_context, write_page
+from layersense.reports.charts import PAPER, SMALL, charts, datasets, on_paper, write_scripts
+from layersense.reports.html import write_page, write_scatter
 from layersense.reports.index import index_context, read_results, write_index
+from layersense.reports.measured import read_measured
 from layersense.reports.page import inline_script, pack
 from layersense.reports.result import Result, read_frontier, read_result, read_table, tail
 
@@ -66,7 +68,7 @@ def templates(repository):
 
 @pytest.fixture
 def render(templates, scripts):
-    def _render(place, frontier=True, **options):
+    def _render(place, frontier=True, verification=None, **options):
         write_page(
             place / "layers.parquet",
             config.Report(**options),
@@ -75,6 +77,7 @@ def render(templates, scripts):
             place / "report.html",
             place / "figures",
             place / "frontier.parquet" if frontier else None,
+            verification,
         )
         return (place / "report.html").read_text()
 
@@ -168,8 +171,7 @@ def test_charts_hold_every_score_and_mark_what_is_none(tmp_path):
         group.batch_scores = [0.0] * 4
     scores.formats[FP8].groups["lm_head.quant_recipe"].batch_scores[0] = None
     place = rf.write_result(tmp_path, scores, effective_bits=12)
-    data = page_context(read_result(place / "layers.parquet"), config.Report())["data"]
-    rows = unpack(data["datasets"]["scores"])
+    rows = datasets(read_result(place / "layers.parquet"))["scores"]
     assert len(rows) == 7 * 3
     states = {(row["layer"], row["format"]): row["state"] for row in rows}
     assert states["model.visual.blocks.0.attn.qkv", FP8] == "not reached"
@@ -259,6 +261,94 @@ def test_hostile_names_are_inert_in_html_and_svg(tmp_path, render, render_index)
 def test_scripts_cannot_end_early():
     source = 'a = "</script><!-- x";'
     assert inline_script(source) == 'a = "<\\/script><\\!-- x";'
+
+
+def test_charts_are_valid_and_on_paper_without_variables(tmp_path):
+    """Altair makes them unchecked, which is faster; here it checks them."""
+    place = rf.write_result(tmp_path)
+    result, frontier = (
+        read_result(place / "layers.parquet"),
+        read_frontier(place / "frontier.parquet"),
+    )
+    measured = read_measured(rf.write_verification(place), "mix", result.formats)
+    specs = charts(result, frontier, measured)
+    assert list(specs) == ["depth", "heatmap", "frontier", "measured"]
+    large = rf.write_result(tmp_path, rf.large_scores(SMALL + 1, 2), run="large",
+                            quant_formats=["FORMAT_00_ALL_LAYERS_CFG"])  # fmt: skip
+    specs["blocks"] = charts(read_result(large / "layers.parquet"))["heatmap"]
+    for spec in specs.values():
+        alt.LayerChart.from_dict(spec, validate=True)
+        text = json.dumps(on_paper(spec))
+        assert "var(--" not in text
+        assert PAPER.font in text
+        json.loads(text)
+
+
+def test_measured_recipes_stand_where_the_median_ratio_puts_them(tmp_path):
+    """Every group does twice its score and damages add up, so that all ratios are 2."""
+    place = rf.write_result(tmp_path)
+    result, frontier = (
+        read_result(place / "layers.parquet"),
+        read_frontier(place / "frontier.parquet"),
+    )
+    measured = read_measured(rf.write_verification(place), "mix", result.formats)
+    rows = datasets(result, frontier, measured)
+    assert {row["kind"] for row in rows["recipes"]} >= {"this recipe", "random, at its bits"}
+    (own,) = (row for row in rows["recipes"] if row["kind"] == "this recipe")
+    assert own["shares"] == next(r["shares"] for r in rows["frontier"] if r["kind"] == own["kind"])
+    for row in rows["recipes"]:
+        if row["kind"] != "random, at its bits":
+            assert row["kl"] == pytest.approx(2 * row["predicted"], rel=0.01)
+    domains = []
+
+    def walk(node):
+        if isinstance(node, dict):
+            if node.get("type") == "log":
+                domains.append(tuple(node["domain"]))
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+
+    walk(charts(result, frontier, measured)["frontier"])
+    left, right = sorted(set(domains))
+    assert [b / a for a, b in zip(left, right, strict=True)] == pytest.approx([2, 2], rel=0.01)
+    assert left[0] < min(row["low"] for row in rows["frontier"])
+    assert right[1] > max(row["high"] for row in rows["recipes"])
+
+
+def test_scatter_holds_what_was_measured_alone_and_keeps_zeros(tmp_path, render):
+    place = rf.write_result(tmp_path)
+    zero = "lm_head.quant_recipe"
+    verification = rf.write_verification(
+        place, scale=lambda handle, format: 0.0 if handle == zero else 3.0
+    )
+    page = Page(render(place, verification=verification))
+    rows = unpack(page.json["data"]["datasets"]["singles"])
+    assert len(rows) == 7 * 2
+    for row in rows:
+        assert row["positive"] == (row["layer"] != "lm_head")
+        assert row["kl"] == pytest.approx(6 * row["score"] if row["positive"] else 0, rel=0.01)
+        assert not row["positive"] or row["kl_low"] <= row["kl"] <= row["kl_high"]
+    said = unpack(page.json["data"]["datasets"]["correlations"])
+    # Of 7 groups the most damaging does none: ranks 1 to 6 and 7 against 2 to 7 and 1.
+    rho = 1 - 6 * (6 * 1 + 36) / (7 * 48)
+    (text,) = (row["text"] for row in said if row["format"] == FP8 and row["subsystem"] == "")
+    assert text.startswith(f"ρ {rho:.2f} (")
+    assert text.endswith(", 7 × FP8")
+    write_scatter(place / "layers.parquet", verification, place / "figures")
+    figures = {file.name for file in (place / "figures").iterdir()}
+    assert figures == FIGURES | {"measured.svg", "measured.png"}
+    svg = (place / "figures" / "measured.svg").read_text()
+    assert f"ρ {rho:.2f}" in "".join(ET.fromstring(svg).itertext())
+
+
+def test_a_page_of_a_run_that_is_not_verified_has_no_scatter(tmp_path, render):
+    page = Page(render(rf.write_result(tmp_path)))
+    assert "measured" not in page.json["data"]["charts"]
+    assert ("id", "chart-measured") not in page.attributes
+    assert "Hollow marks" not in page.text
 
 
 def test_a_large_model_gets_blocks_and_stays_small(tmp_path, render):

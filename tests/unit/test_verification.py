@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import score_files as sf
 import torch
+from result_files import measured
 from scipy import stats
 from tiny_models import CAPTIONS, resolve_folder, save_images, save_tiny_llama, save_tiny_qwen2_5_vl
 
@@ -26,7 +27,6 @@ from layersense.verification.analysis import correlate, difference_interval, mea
 from layersense.verification.measure import Measurer, kl_divergence, unit_sizes
 from layersense.verification.plan import Whole, make_plan, pick_groups
 from layersense.verification.replay import Calibration, Switchboard
-from layersense.verification.store import Before, Damage, MeasuredRecipe, Single, Verification
 from layersense.verification.table import SUMMARY_KEY, read_summary, verification_table
 
 FP8, INT8, INT4 = sf.FORMATS
@@ -307,48 +307,6 @@ def test_correlations_agree_with_scipy():
 
 
 OPTIONS = config.Verify(points=3, random=4)
-WEIGHTS = (1.1, 0.9, 1.0, 1.025)
-
-
-def measured(manifests, options, scale=lambda handle, format: 1.0):
-    """A verification in which every group does twice its score, and damages add up."""
-    plan = make_plan(manifests, options)
-    group = manifests[0].layer_sensitivity
-    positions = [3, 5, 4, 8]
-
-    def damage(per_position):
-        kl = [per_position * n * factor for n, factor in zip(positions, WEIGHTS, strict=True)]
-        return Damage(digest="x", kl=kl, agree=positions, correct=[1, 2, 2, 3], loss=[12.0, 13.0])
-
-    def of(handle, format):
-        if format == "NONE":
-            return 0.0
-        entry = group[handle]
-        index = [label.split("(")[0] for label in entry.formats].index(format)
-        return 2 * entry.scores[index] * scale(handle, format)
-
-    return Verification(
-        run="demo",
-        heldout_samples=4,
-        exact_reuse=True,
-        before=Before(
-            digest="c", positions=positions, correct=[1, 2, 3, 4], loss=[10.0, 10.0], tokens=[8, 12]
-        ),
-        singles={
-            format: {handle: Single(damage=damage(of(handle, format))) for handle in handles}
-            for format, handles in plan.singles.items()
-        },
-        recipes={
-            planned.digest: MeasuredRecipe(
-                recipe=planned.recipe,
-                damage=damage(sum(of(h, name) for h, name in planned.recipe.items())),
-            )
-            for planned in plan.recipes
-        },
-        seconds={},
-        peak_memory_bytes=0,
-        environment={},
-    )
 
 
 def test_the_table_joins_layers_and_sets_measured_beside_predicted():
@@ -447,7 +405,7 @@ def test_the_file_round_trips(tmp_path):
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert pq.read_table(tmp_path / "one").num_rows > 20
     (tmp_path / "v.json").write_text("{}")
-    with pytest.raises(LayersenseError, match="is no verification of layersense"):
+    with pytest.raises(LayersenseError, match="is not a verification file of layersense"):
         read_verification(tmp_path / "v.json")
 
 

@@ -77,6 +77,7 @@ def expected(config: dict[str, Any]) -> set[str]:
             jobs.add(f"fetch/{run['dataset']}")
         if run.get("verify") is not None:
             jobs |= {f"verify/{name}", f"verification/{name}"}
+            jobs |= {f"scatter/{name}/{scheme}" for scheme in run["schemes"]}
         for scheme in run["schemes"]:
             jobs |= {f"{rule}/{name}/{scheme}" for rule in SCHEME_RULES}
     return jobs
@@ -227,7 +228,10 @@ def test_targets_plan_what_they_need(project: Project) -> None:
 
     assert set(dag(project, "scores")) == of("dataset", "model", "score") | {"scores"}
     beside = of(
-        *("report", "page", "summary", "index", "scripts"), "recipe", "verify", "verification"
+        *("report", "page", "scatter", "summary", "index", "scripts"),
+        "recipe",
+        "verify",
+        "verification",
     )
     assert set(dag(project, "tables")) == jobs - beside | {"tables"}
     assert set(dag(project, "reports")) == jobs - of("recipe") | {"reports"}

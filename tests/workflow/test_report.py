@@ -17,6 +17,8 @@ def test_the_report_is_complete(study: Project) -> None:
     pages = ("interactive report", "Markdown report", "sensitivity along depth", "heat map")
     for text in (*pages, "frontier", "all runs, compared", "summary, Markdown"):
         assert text in page, text
+    for table in ("layer groups", "recipes", "all layer groups", "all runs"):
+        assert f"table of {table}, Parquet" in page, table
     for name in ("vlm.photos", "llm.words", "mixed", "fp8", "MY_INT8"):
         assert name in page, name
     # Captions, the config, and the graph of the rules.

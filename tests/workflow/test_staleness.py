@@ -91,7 +91,7 @@ def test_a_budget_solves_its_scheme_in_its_runs_again(study: Project) -> None:
 
 VERIFYING = {
     *("verify/llm.words", "verification/llm.words"),
-    *("report/llm.words/fp8", "page/llm.words/fp8"),
+    *("report/llm.words/fp8", "page/llm.words/fp8", "scatter/llm.words/fp8"),
 }
 
 
@@ -117,13 +117,14 @@ def test_a_budget_of_a_verified_run_measures_no_known_recipe(verified: Project) 
         config["runs"]["llm.words"]["schemes"] = ["fp8", "other"]
 
     before = verified.json("llm.words/verification.json")
+    other = chain("llm.words", "other") | {"scatter/llm.words/other"}
     verified.edit(add)
-    assert verified.run().jobs == chain("llm.words", "other") | VERIFYING
+    assert verified.run().jobs == other | VERIFYING
     both = verified.json("llm.words/verification.json")
     assert both["singles"] == before["singles"]
     verified.edit(lambda config: config["schemes"]["other"].update(effective_bits=10))
     scored = scores(verified, "llm.words")
-    assert verified.run().jobs == chain("llm.words", "other") | VERIFYING
+    assert verified.run().jobs == other | VERIFYING
     after = verified.json("llm.words/verification.json")
     assert scores(verified, "llm.words") == scored
     assert {name: after["recipes"][name] for name in both["recipes"]} == both["recipes"]
@@ -151,6 +152,7 @@ def test_frozen_shows_what_was_verified_and_measures_nothing(verified: Project) 
     report = (verified.results / "llm.words/fp8/layer-sensitivity-report.md").read_text()
     assert "## Predicted against measured" in report
     assert "is not measured, such as" in report
+    assert (verified.results / "llm.words/fp8/figures/measured.svg").is_file()
 
 
 def test_coverage_solves_its_scheme_again(study: Project) -> None:

@@ -334,6 +334,18 @@ def page(
 
 
 @app.command(rich_help_panel=RULES)
+def scatter(
+    layers: Annotated[Path, typer.Option(help="Table of the scheme.")],
+    verification: Annotated[Path, typer.Option(help="Table of the run's verification.")],
+    figures: Annotated[Path, typer.Option(help="Folder for the figure as SVG and PNG.")],
+) -> None:
+    """Draw the predicted against the measured damage of one scheme."""
+    from layersense.reports.html import write_scatter
+
+    write_scatter(layers, verification, figures)
+
+
+@app.command(rich_help_panel=RULES)
 def index(
     runs: Annotated[Path, typer.Option(help="Table of runs.")],
     sensitivity: Annotated[Path, typer.Option(help="Table of all layers.")],

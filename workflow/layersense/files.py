@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import msgspec
 from filelock import FileLock, Timeout
 
 from layersense.errors import LayersenseError
@@ -21,6 +22,15 @@ from layersense.errors import LayersenseError
 logger = logging.getLogger(__name__)
 
 _STALE_SECONDS = 24 * 3600
+
+
+class Versioned(Protocol):
+    """A record that says by which schema it was written."""
+
+    schema_version: int
+
+
+Record = TypeVar("Record", bound=Versioned)
 
 
 @contextmanager
@@ -79,6 +89,49 @@ def write_json(path: str | Path, value: Any) -> None:
     """
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write(path, text + "\n")
+
+
+def read_record(
+    path: str | Path, kind: type[Record], version: int, what: str, target: str, redo: str
+) -> Record:
+    """Read a JSON file that layersense wrote.
+
+    Args:
+        path: the file.
+        kind: what it holds.
+        version: its schema version that this layersense reads.
+        what: what it is, for errors: ``score file``.
+        target: of Snakemake, which makes a missing one.
+        redo: what to do after an unreadable one was deleted: ``score again``.
+
+    Raises:
+        LayersenseError: it is missing, not JSON, or not of this schema.
+    """
+    try:
+        record = msgspec.json.decode(Path(path).read_bytes(), type=kind)
+    except FileNotFoundError as error:
+        raise LayersenseError(
+            f"{path}: there is no such {what}; run `snakemake {target}`"
+        ) from error
+    except OSError as error:
+        raise LayersenseError(
+            f"{path}: cannot be read ({error.strerror}); make it readable"
+        ) from error
+    except msgspec.MsgspecError as error:
+        raise LayersenseError(
+            f"{path}: is not a {what} of layersense ({error}); delete it and {redo}"
+        ) from error
+    if record.schema_version != version:
+        raise LayersenseError(
+            f"{path}: has schema version {record.schema_version}, this layersense reads "
+            f"{version}; delete it and {redo}"
+        )
+    return record
+
+
+def write_record(path: str | Path, record: msgspec.Struct) -> None:
+    """Write a record as indented JSON, atomically."""
+    atomic_write(path, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
 
 
 def digest_json(value: Any) -> str:

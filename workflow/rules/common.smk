@@ -87,11 +87,22 @@ def per_scheme(path):
     ]
 
 
+def per_verified_scheme(path):
+    """Return a path for every verified run and each of its schemes."""
+    return [
+        path(run, scheme)
+        for run, entry in CONFIG.runs.items()
+        if entry.verify
+        for scheme in entry.schemes
+    ]
+
+
 FIGURES = [
     f"{name}.{kind}"
     for name in ("depth", "heatmap", "frontier")
     for kind in ("svg", "png")
 ]
+SCATTER = ["measured.svg", "measured.png"]
 
 
 def figure(name):
@@ -125,6 +136,7 @@ def targets(stage):
             *per_scheme(paths.report_markdown),
             *per_scheme(paths.report_page),
             *[file for name in FIGURES for file in per_scheme(figure(name))],
+            *[file for name in SCATTER for file in per_verified_scheme(figure(name))],
             paths.summary(),
             paths.index(),
         ],
@@ -252,10 +264,13 @@ def render_inputs(template, *parts):
     return {
         "template": str(WORKFLOW / "templates" / template),
         "parts": [str(WORKFLOW / "templates" / part) for part in parts],
-        "modules": sorted(
-            str(path) for path in (WORKFLOW / "layersense/reports").glob("*.py")
-        ),
+        "modules": render_modules(),
     }
+
+
+def render_modules():
+    """Return the modules that render pages and figures."""
+    return sorted(str(path) for path in (WORKFLOW / "layersense/reports").glob("*.py"))
 
 
 def category(wildcards):
@@ -267,7 +282,7 @@ def labels(page):
     """Return a function of the wildcards for the labels of a page in `snakemake --report`."""
     return lambda wildcards: {
         "model": category(wildcards),
-        "scheme": wildcards.scheme,
+        "scheme": getattr(wildcards, "scheme", "all of the run"),
         "page": page,
     }
 

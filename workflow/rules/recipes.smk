@@ -28,7 +28,13 @@ rule frontier:
     input:
         manifest=paths.manifest("{run}", "{scheme}"),
     output:
-        paths.frontier("{run}", "{scheme}"),
+        report(
+            paths.frontier("{run}", "{scheme}"),
+            caption="../templates/captions/frontier-table.rst",
+            category=category,
+            subcategory="{run}",
+            labels=labels("table of recipes, Parquet"),
+        ),
     log:
         paths.log("frontier", "{run}", "{scheme}"),
     benchmark:

@@ -108,6 +108,37 @@ rule page:
         " --figures {params.figures:q} > {log:q} 2>&1"
 
 
+rule scatter:
+    """The figure of predicted against measured damage, of a verified run alone."""
+    input:
+        modules=render_modules(),
+        layers=paths.layers("{run}", "{scheme}"),
+        verification=paths.verification_table("{run}"),
+    output:
+        svg=report(
+            figure("measured.svg")("{run}", "{scheme}"),
+            caption="../templates/captions/measured.rst",
+            category=category,
+            subcategory="{run}",
+            labels=labels("predicted against measured"),
+        ),
+        png=figure("measured.png")("{run}", "{scheme}"),
+    log:
+        paths.log("scatter", "{run}", "{scheme}"),
+    benchmark:
+        paths.benchmark("scatter", "{run}", "{scheme}")
+    # As the page, which shows the same.
+    localrule: True
+    conda:
+        environment("report")
+    params:
+        figures=paths.figure("{run}", "{scheme}", ""),
+    shell:
+        PYTHON
+        + " -m layersense scatter --layers {input.layers:q} --verification {input.verification:q}"
+        " --figures {params.figures:q} > {log:q} 2>&1"
+
+
 rule index:
     """All runs and schemes side by side, any two of them compared."""
     input:

@@ -6,7 +6,13 @@ rule layers:
     input:
         manifest=paths.manifest("{run}", "{scheme}"),
     output:
-        paths.layers("{run}", "{scheme}"),
+        report(
+            paths.layers("{run}", "{scheme}"),
+            caption="../templates/captions/layers-table.rst",
+            category=category,
+            subcategory="{run}",
+            labels=labels("table of layer groups, Parquet"),
+        ),
     log:
         paths.log("layers", "{run}", "{scheme}"),
     benchmark:
@@ -55,8 +61,18 @@ rule summaries:
             *map(paths.imported_layers, CONFIG.manifests),
         ],
     output:
-        sensitivity=paths.sensitivity(),
-        runs=paths.runs(),
+        sensitivity=report(
+            paths.sensitivity(),
+            caption="../templates/captions/sensitivity-table.rst",
+            category="All runs",
+            labels={"page": "table of all layer groups, Parquet"},
+        ),
+        runs=report(
+            paths.runs(),
+            caption="../templates/captions/runs-table.rst",
+            category="All runs",
+            labels={"page": "table of all runs, Parquet"},
+        ),
     log:
         paths.log("summaries"),
     benchmark:
@@ -79,7 +95,13 @@ rule verification:
         measured=measured_verification,
         manifests=manifests_of_run,
     output:
-        paths.verification_table("{run}"),
+        report(
+            paths.verification_table("{run}"),
+            caption="../templates/captions/verification-table.rst",
+            category=category,
+            subcategory="{run}",
+            labels=labels("table of measured damage, Parquet"),
+        ),
     log:
         paths.log("verification", "{run}"),
     benchmark:

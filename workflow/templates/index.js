@@ -149,11 +149,7 @@ async function start() {
   }
 
   table.on("search", () => { if (!applying) page.set("search", table.search()); });
-  table.on("order", () => {
-    if (applying) return;
-    const [first] = table.order();
-    page.set("sort", first ? `${first[0]}.${first[1]}` : "");
-  });
+  table.on("order", () => { if (!applying) page.set("sort", page.sorting(table)); });
   model?.addEventListener("change", () => { page.set("model", model.value); show(); });
   for (const side of sides) {
     side.addEventListener("change", () => { page.set(side.id, side.value); show(); });

@@ -74,6 +74,12 @@ const page = {
     return new ITable(place, { ...table.arguments, columnDefs }).dt;
   },
 
+  // "column.direction" as the URL has it; a third click on a heading leaves no direction.
+  sorting(table) {
+    const [first] = table.order();
+    return first?.[1] ? `${first[0]}.${first[1]}` : "";
+  },
+
   theme() {
     const button = document.getElementById("theme");
     const dark = () =>

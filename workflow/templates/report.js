@@ -156,8 +156,7 @@ async function start() {
   table.on("search", () => { if (!applying) page.set("search", table.search()); });
   table.on("order", () => {
     if (applying) return;
-    const [first] = table.order();
-    const sort = first ? `${first[0]}.${first[1]}` : "";
+    const sort = page.sorting(table);
     page.set("sort", sort === "1.asc" ? "" : sort);
   });
   // Paper has no second page to turn to; a long table stays as it is on the screen.

@@ -1,5 +1,6 @@
 """``report.html``: one scheme of one run, in one file that needs no network."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import msgspec
 from layersense import config
 from layersense.files import atomic_write
 from layersense.quantization.formats import NONE
-from layersense.reports.charts import KINDS, PAGE, SMALL, charts, compiled, datasets
+from layersense.reports.charts import KINDS, SMALL, Spec, charts, compiled, datasets
 from layersense.reports.figures import write_figures
 from layersense.reports.markdown import (
     budget_text,
@@ -17,8 +18,8 @@ from layersense.reports.markdown import (
     score_unit,
     target_text,
     trust,
-    verification_context,
 )
+from layersense.reports.measured import Measured, Rows, read_measured
 from layersense.reports.page import pack, render_page
 from layersense.reports.result import Z95, Frontier, Group, Result, read_frontier, read_result
 from layersense.reports.tables import FILES, data_table
@@ -28,6 +29,8 @@ NAMED_LAYERS = 3
 """Most sensitive layers that the answer names."""
 FORMAT_COLUMNS = 4
 """Formats that get a column of their own in the table of all groups; more stand in the details."""
+SCATTER = "measured"
+"""Chart that only what was measured has."""
 SEVERITIES = {"error": "Error", "warning": "Warning", "info": "Note"}
 
 
@@ -61,21 +64,47 @@ def write_page(
     """
     result = read_result(layers)
     frontier = read_frontier(frontier_path) if frontier_path else None
-    write_figures(result, figures, frontier)
-    context = page_context(result, report, frontier)
-    if verification_path:
-        found = verification_context(result.scheme, result.formats, verification_path)
-        context["verification"] = found
-        context["measured"] = next(
-            (row for row in found["recipes"] if row["role"] == "scheme"), None
-        )
+    measured = (
+        read_measured(verification_path, result.scheme, result.formats)
+        if verification_path
+        else None
+    )
+    specs, rows = charts(result, frontier, measured), datasets(result, frontier, measured)
+    context = page_context(result, report, specs, rows, frontier, measured)
     atomic_write(out, render_page(template, context, {**FILES, "vega.js": scripts}))
+    write_figures({name: specs[name] for name in specs if name != SCATTER}, rows, figures)
+
+
+def write_scatter(layers: Path, verification: Path, figures: Path) -> None:
+    """Write the figure of predicted against measured damage, which a verified run alone has.
+
+    Raises:
+        LayersenseError: a table cannot be read.
+    """
+    result = read_result(layers)
+    measured = read_measured(verification, result.scheme, result.formats)
+    specs = charts(result, None, measured)
+    write_figures({SCATTER: specs[SCATTER]}, datasets(result, None, measured), figures)
 
 
 def page_context(
-    result: Result, report: config.Report, frontier: Frontier | None = None
+    result: Result,
+    report: config.Report,
+    specs: Mapping[str, Spec],
+    rows: Mapping[str, Rows],
+    frontier: Frontier | None = None,
+    measured: Measured | None = None,
 ) -> dict[str, Any]:
-    """Return what the template may print."""
+    """Return what the template may print.
+
+    Args:
+        result: the result.
+        report: how the page should look.
+        specs: its charts.
+        rows: the data of the charts, by name.
+        frontier: its recipes over all budgets.
+        measured: what was measured of it.
+    """
     about = result.about
     return {
         "title": report.title,
@@ -103,8 +132,8 @@ def page_context(
         ],
         "provenance": _provenance(result),
         "NONE": NONE,
-        "verification": None,
-        "measured": None,
+        "verification": measured,
+        "measured": measured.chosen if measured else None,
         "frontier": frontier,
         "kinds": KINDS,
         "named": [point for point in frontier.points if point.kind != "frontier" or point.knee]
@@ -115,8 +144,8 @@ def page_context(
         "small": len(result.groups) <= SMALL,
         "heatmap_width": 320 + 110 * (len(result.formats) + 1),
         "data": {
-            "charts": compiled(charts(result, PAGE, frontier)),
-            "datasets": {name: pack(rows) for name, rows in datasets(result, frontier).items()},
+            "charts": compiled(specs),
+            "datasets": {name: pack(entries) for name, entries in rows.items()},
             "table": _table(result),
             "details": [_details(group) for group in result.ranked],
         },

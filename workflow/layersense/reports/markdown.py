@@ -1,7 +1,7 @@
 """Markdown reports: one for each scheme, and the page that shows them side by side."""
 
 import posixpath
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from layersense.manifests.schema import (
 )
 from layersense.quantization.formats import NONE
 from layersense.recipes.targets import TARGETS
+from layersense.reports.measured import read_measured
 from layersense.reports.result import Group, Result, Score, read_result, read_table
 from layersense.reports.text import Markdown, bits, code, escape, join, number, render
-from layersense.verification.table import read_summary
 
 MAX_FORMAT_COLUMNS = 4
 """Formats that get a column of their own in the table of all groups."""
@@ -64,8 +64,8 @@ def write_report(
     frontier = read_table(frontier_path, columns=FRONTIER_COLUMNS).to_pylist()
     context = report_context(manifest, read_result(layers_path), frontier, report)
     if verification_path is not None:
-        context["verification"] = verification_context(
-            manifest.scheme.name, manifest.run, verification_path
+        context["verification"] = read_measured(
+            verification_path, manifest.scheme.name, manifest.run
         )
     atomic_write(out, render(template, context))
 
@@ -134,36 +134,6 @@ def report_context(
         "flips": _flips(manifest),
         "verification": None,
         "provenance": _provenance(manifest),
-    }
-
-
-def verification_context(scheme: str, formats: Collection[str], path: Path) -> dict[str, Any]:
-    """Return what the template of a report may print of its run's verification.
-
-    Args:
-        scheme: name of the scheme.
-        formats: its formats.
-        path: ``verification.parquet`` of its run.
-    """
-    summary = read_summary(path)
-    rows = read_table(path, filters=[("kind", "=", "recipe"), ("scheme", "=", scheme)])
-    recipes = rows.to_pylist()
-    random = sorted(row["kl"] for row in recipes if row["role"] == "random" and row["kl"])
-    return {
-        "summary": summary,
-        "verdict": next(entry for entry in summary.verdicts if entry.scheme == scheme),
-        "correlations": [entry for entry in summary.correlations if entry.format in formats],
-        "recipes": sorted(
-            (row for row in recipes if row["role"] not in ("random", "rival")),
-            key=lambda row: row["effective_bits"],
-        ),
-        "random": {"count": len(random), "median": random[len(random) // 2], "best": random[0]}
-        if random
-        else None,
-        "duels": [
-            entry for entry in summary.duels if entry.scheme == scheme and entry.ours != scheme
-        ],
-        "findings": [_finding(finding) for finding in summary.findings],
     }
 
 

@@ -296,6 +296,8 @@ class Point:
     gap: float
     """How much less damage another choice could do at most, as a share of this one's."""
     knee: bool
+    digest: str
+    """What identifies the recipe, whatever it is called."""
     formats: list[str]
     """Of each group, in the order of the frontier's handles."""
 
@@ -334,6 +336,7 @@ def read_frontier(path: Path) -> Frontier:
                 else row["predicted_damage"],
                 gap=row["gap"],
                 knee=row["knee"],
+                digest=row["recipe_digest"],
                 formats=row["recipe"],
             )
             for row in table.to_pylist()

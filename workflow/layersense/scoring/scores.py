@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from layersense.errors import LayersenseError
-from layersense.files import atomic_write
+from layersense.files import read_record, write_record
 
 SCHEMA_VERSION = 2
 NONE_BITS = 16.0
@@ -181,27 +180,12 @@ def read_scores(path: str | Path) -> Scores:
     Raises:
         LayersenseError: it is missing, not JSON, or not of this schema.
     """
-    try:
-        scores = msgspec.json.decode(Path(path).read_bytes(), type=Scores)
-    except FileNotFoundError as error:
-        raise LayersenseError(
-            f"{path}: there is no such score file; run `snakemake scores`"
-        ) from error
-    except msgspec.MsgspecError as error:
-        raise LayersenseError(
-            f"{path}: is not a score file of layersense ({error}); delete it and score again"
-        ) from error
-    if scores.schema_version != SCHEMA_VERSION:
-        raise LayersenseError(
-            f"{path}: has schema version {scores.schema_version}, this layersense reads "
-            f"{SCHEMA_VERSION}; delete it and score again"
-        )
-    return scores
+    return read_record(path, Scores, SCHEMA_VERSION, "score file", "scores", "score again")
 
 
 def write_scores(path: str | Path, scores: Scores) -> None:
     """Write a score file atomically."""
-    atomic_write(path, msgspec.json.format(msgspec.json.encode(scores), indent=1) + b"\n")
+    write_record(path, scores)
 
 
 def score_per_token(

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from layersense.manifests.schema import Finding
 
@@ -130,6 +129,8 @@ def correlate(
 
     None with fewer than :data:`LEAST_GROUPS` groups, or where all values of one side are equal.
     """
+    from scipy import stats  # here, because pages read results of it and import takes a second
+
     x, y = np.array(scores), np.array(damages)
     if len(x) < LEAST_GROUPS or len(np.unique(x)) < 2 or len(np.unique(y)) < 2:
         return None
@@ -157,4 +158,6 @@ def correlate(
 
 def _spearman(x: Floats, y: Floats) -> float:
     """Return Pearson's correlation of the ranks, those of ties averaged."""
+    from scipy import stats
+
     return float(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1])

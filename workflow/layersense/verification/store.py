@@ -4,8 +4,7 @@ from pathlib import Path
 
 import msgspec
 
-from layersense.errors import LayersenseError
-from layersense.files import atomic_write
+from layersense.files import read_record, write_record
 
 VERIFICATION_VERSION = 1
 """Raised when what is measured changes, which measures everything again."""
@@ -85,24 +84,16 @@ def read_verification(path: str | Path) -> Verification:
     Raises:
         LayersenseError: it is missing, or none of this version.
     """
-    try:
-        content = msgspec.json.decode(Path(path).read_bytes(), type=Verification)
-    except OSError as error:
-        raise LayersenseError(
-            f"{path}: cannot be read ({error.strerror}); run `snakemake verification_tables`"
-        ) from error
-    except msgspec.MsgspecError as error:
-        raise LayersenseError(
-            f"{path}: is no verification of layersense ({error}); delete it and verify again"
-        ) from error
-    if content.schema_version != VERIFICATION_VERSION:
-        raise LayersenseError(
-            f"{path}: has schema version {content.schema_version}, this layersense reads "
-            f"{VERIFICATION_VERSION}; delete it and verify again"
-        )
-    return content
+    return read_record(
+        path,
+        Verification,
+        VERIFICATION_VERSION,
+        "verification file",
+        "verification_tables",
+        "verify again",
+    )
 
 
 def write_verification(path: str | Path, content: Verification) -> None:
     """Write a ``verification.json`` atomically."""
-    atomic_write(path, msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
+    write_record(path, content)

@@ -1,0 +1,94 @@
+"""What was measured of one scheme on held-out rows, as reports read a ``verification.parquet``."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from layersense.reports.result import read_table
+from layersense.reports.text import plain
+from layersense.verification.analysis import Correlation, Duel, Summary, Verdict
+from layersense.verification.table import read_summary
+
+Rows = list[dict[str, Any]]
+UNNAMED = ("random", "rival")
+"""Roles of recipes that are there to compare with, and not by themselves."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measured damage of one scheme; rows have the columns of a ``verification.parquet``."""
+
+    scheme: str
+    formats: list[str]
+    summary: Summary
+    """Of the whole run."""
+    groups: Rows
+    """Groups quantized alone, under the scheme's formats."""
+    all_recipes: Rows
+
+    @property
+    def verdict(self) -> Verdict:
+        """What was found for this scheme."""
+        return next(entry for entry in self.summary.verdicts if entry.scheme == self.scheme)
+
+    @property
+    def correlations(self) -> list[Correlation]:
+        """Of the scheme's formats."""
+        return [entry for entry in self.summary.correlations if entry.format in self.formats]
+
+    @cached_property
+    def recipes(self) -> Rows:
+        """Recipes with a name of their own, by bits."""
+        named = (row for row in self.all_recipes if row["role"] not in UNNAMED)
+        return sorted(named, key=lambda row: row["effective_bits"])
+
+    @property
+    def chosen(self) -> dict[str, Any] | None:
+        """The scheme's own recipe; None where it is not measured."""
+        return next((row for row in self.recipes if row["role"] == "scheme"), None)
+
+    @property
+    def random(self) -> dict[str, Any] | None:
+        """How many random recipes there are, with the best and the median KL."""
+        found = [row["kl"] for row in self.all_recipes if row["role"] == "random" and row["kl"]]
+        if not found:
+            return None
+        return {"count": len(found), "median": median(found), "best": min(found)}
+
+    @property
+    def duels(self) -> list[Duel]:
+        """The solver's choices against baselines of equal bits."""
+        return [
+            entry
+            for entry in self.summary.duels
+            if entry.scheme == self.scheme and entry.ours != self.scheme
+        ]
+
+
+def read_measured(path: Path, scheme: str, formats: Collection[str]) -> Measured:
+    """Read what was measured of one scheme.
+
+    Args:
+        path: ``verification.parquet`` of its run.
+        scheme: name of the scheme.
+        formats: its formats.
+
+    Raises:
+        LayersenseError: the table cannot be read.
+    """
+    summary = read_summary(path)
+    table = read_table(path)
+    rows = [
+        {name: plain(value) if isinstance(value, str) else value for name, value in row.items()}
+        for row in table.to_pylist()
+    ]
+    return Measured(
+        scheme=scheme,
+        formats=list(formats),
+        summary=summary,
+        groups=[row for row in rows if row["kind"] == "group" and row["format"] in formats],
+        all_recipes=[row for row in rows if row["kind"] == "recipe" and row["scheme"] == scheme],
+    )
