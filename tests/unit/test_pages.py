@@ -17,8 +17,9 @@ from layersense import config
 from layersense.errors import LayersenseError
 from layersense.reports.charts import PAPER, SMALL, charts, datasets, on_paper, write_scripts
 from layersense.reports.html import write_page, write_scatter
-from layersense.reports.index import index_context, read_results, write_index
+from layersense.reports.index import index_context, write_index
 from layersense.reports.measured import read_measured
+from layersense.reports.overview import read_results
 from layersense.reports.page import inline_script, pack
 from layersense.reports.result import Result, read_frontier, read_result, read_table, tail
 

@@ -1,10 +1,12 @@
 """The Markdown reports, read as their reader would."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
+import result_files as rf
 import score_files as sf
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,11 +15,14 @@ from markdown_it import MarkdownIt
 from layersense import config
 from layersense.errors import LayersenseError
 from layersense.manifests.imports import import_manifest, write_import
-from layersense.manifests.schema import encode_manifest
+from layersense.manifests.read import read_own_manifest
+from layersense.manifests.schema import encode_manifest, plain_name
 from layersense.manifests.tables import write_layers, write_runs, write_sensitivity
 from layersense.recipes.decide import build_manifest
 from layersense.recipes.frontier import write_frontier
-from layersense.reports.markdown import write_report, write_summary
+from layersense.reports.markdown import MAX_COMPARED, write_report, write_summary
+from layersense.reports.overview import heat, text_strip
+from layersense.reports.result import read_result
 from layersense.reports.text import bits, code, escape, number, percent, render, size
 from layersense.scoring.scores import Layer
 
@@ -310,14 +315,36 @@ def test_summary_shows_models_and_schemes_side_by_side(tmp_path, templates, shar
     )
     text = (tmp_path / "summary.md").read_text()
     found = tables(text)
-    figures, where = found["tiny-vlm"]
+    figures, where, pairs = found["tiny-vlm"]
     assert [row[1] for row in figures[1:]] == [
         "[a](demo/a/layer-sensitivity-report.md)",
         "[b](demo/b/layer-sensitivity-report.md)",
     ]
     assert figures[1][figures[0].index("Quantized")] == "7 of 7"
-    assert where[1][2] == "vision 14.5 %, language 33.7 %, head 51.8 %"
-    assert where[1][3].startswith("`lm_head`, `model.language_model.layers.0.mlp.down_proj`")
+    column = {name: place for place, name in enumerate(where[0])}
+    shares = column["Where the sensitivity is"]
+    assert where[1][shares] == "vision 14.5 %, language 33.7 %, head 51.8 %"
+    most = where[1][column["Most sensitive layers"]]
+    assert most.startswith("`lm_head`, `model.language_model.layers.0.mlp.down_proj`")
+    # A step of the strip is 4/7 of a decade; the largest score is that of the last group.
+    largest = max(sf.DAMAGE.values())
+    steps = [
+        round(7 + 7 / 4 * math.log10(value / largest))
+        for value in (sf.DAMAGE[n] for n in sf.MODULES)
+    ]
+    strip = "".join("▁▂▃▄▅▆▇█"[step] for step in steps)
+    assert where[1][column["Along depth"]] == f"`{strip}`"
+    (pair,) = (dict(zip(pairs[0], row, strict=True)) for row in pairs[1:])
+    assert (pair["A"], pair["B"]) == ("demo / a", "demo / b")
+    assert (pair["Rank correlation"], pair["Layers in both"]) == ("1.00", "7")
+    chosen = [
+        {name: group.selected for name, group in read_own_manifest(path).layer_sensitivity.items()}
+        for path in manifests
+    ]
+    assert int(pair["Choices that differ"]) == sum(
+        plain_name(chosen[0][name]) != plain_name(chosen[1][name]) for name in chosen[0]
+    )
+    assert "the difference is within the noise" in pair[""]
     assert "unknown model" in found
     for links in re.findall(r"\]\((.+?)\)", text):
         folder = (tmp_path / links).parent
@@ -370,9 +397,36 @@ def test_the_real_manifests_of_others_stand_beside_ours(tmp_path, templates, sha
         worst = {key: max(g["scores"]) for key, g in groups.items() if len(g["formats"]) > 1}
         seen = [s for name, s in worst.items() if "visual" in name and "merger" not in name]
         share = percent(sum(seen) / sum(worst.values())) if seen else "no score"
-        assert f"vision {share}" in where[2].split(", ")
+        assert f"vision {share}" in where[3].split(", ")
         most = max(worst, key=worst.__getitem__).removesuffix(".quant_recipe")
-        assert where[3].startswith(f"`{most}`")
+        assert where[4].startswith(f"`{most}`")
+
+
+def test_many_results_of_a_model_are_left_to_the_page_that_compares(tmp_path, templates):
+    count = MAX_COMPARED + 1
+    places = [prepare(tmp_path, scheme=f"s{number:02d}").parent for number in range(count)]
+    rf.write_tables(tmp_path, places)
+    write_summary(
+        tmp_path / "runs.parquet",
+        tmp_path / "sensitivity.parquet",
+        config.Report(),
+        templates / "summary.md.j2",
+        tmp_path / "summary.md",
+    )
+    text = (tmp_path / "summary.md").read_text()
+    assert len(tables(text)["tiny-vlm"]) == 2
+    assert f"These make {count * (count - 1) // 2} pairs" in text
+
+
+def test_strips_keep_zeros_floors_and_the_worst_of_a_cell(tmp_path):
+    damage = {"a": 1.0, "b": 0.01, "c": 1e-9, "d": 1e-9, "e": 0.1, "f": 0.001}
+    scores = sf.make_scores({name: ([name], 64) for name in damage}, damage, (FP8,))
+    sf.set_reached(scores, "d", "not_called")
+    place = prepare(tmp_path, scores, quant_formats=[FP8], effective_bits=12)
+    result = read_result(place.with_name("layers.parquet"))
+    assert heat(result, 6) == [0, pytest.approx(-2), -4, None, pytest.approx(-1), pytest.approx(-3)]
+    assert heat(result, 3) == [0, -4, pytest.approx(-1)]
+    assert text_strip([0, -4, None, -1]) == "█▁·▆"
 
 
 def test_a_broken_template_or_table_is_named(tmp_path):

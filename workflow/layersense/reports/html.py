@@ -1,6 +1,6 @@
 """``report.html``: one scheme of one run, in one file that needs no network."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,12 @@ import msgspec
 
 from layersense import config
 from layersense.files import atomic_write
+from layersense.manifests.schema import Finding
 from layersense.quantization.formats import NONE
 from layersense.reports.charts import KINDS, SMALL, Spec, charts, compiled, datasets
 from layersense.reports.figures import write_figures
 from layersense.reports.markdown import (
+    all_findings,
     budget_text,
     finding_counts,
     score_text,
@@ -106,19 +108,20 @@ def page_context(
         measured: what was measured of it.
     """
     about = result.about
+    found = all_findings(about.findings if about else (), measured)
     return {
         "title": report.title,
         "top": report.top,
         "result": result,
         "about": about,
         "unit": score_unit(result.modality),
-        "trust": trust([finding.severity for finding in about.findings]) if about else None,
+        "trust": trust([finding.severity for finding in found]) if about else None,
         "severities": SEVERITIES,
         "findings": [
             {**msgspec.structs.asdict(finding), "layers": [plain(name) for name in finding.layers]}
-            for finding in (about.findings if about else ())
+            for finding in found
         ],
-        "counts": _counts(result),
+        "counts": _counts(found),
         "damage": _damage(result, frontier),
         "most": [
             (group, result.share(group))
@@ -152,9 +155,9 @@ def page_context(
     }
 
 
-def _counts(result: Result) -> str:
-    severities = [finding.severity for finding in result.about.findings] if result.about else []
-    return finding_counts(*(severities.count(name) for name in ("error", "warning", "info")))
+def _counts(found: Sequence[Finding]) -> str:
+    severities: list[str] = [finding.severity for finding in found]
+    return finding_counts(*(severities.count(name) for name in SEVERITIES))
 
 
 def _damage(result: Result, frontier: Frontier | None) -> dict[str, Any]:

@@ -5,29 +5,24 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import combinations
-from math import log10
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import vl_convert
 
 from layersense import config, paths
-from layersense.errors import LayersenseError
 from layersense.files import atomic_write
 from layersense.reports.charts import SCHEME, VEGA_LITE
 from layersense.reports.compare import changed_label, compare, profile
 from layersense.reports.markdown import finding_counts
+from layersense.reports.overview import DECADES, heat, most_sensitive, read_results
 from layersense.reports.page import render_page
-from layersense.reports.result import Result, make_result, read_table
+from layersense.reports.result import Result, read_table
 from layersense.reports.tables import FILES, data_table
 from layersense.reports.text import bits, plain, short_format, size
 
 CELLS = 96
-"""Cells of a heat strip at most; a cell is the worst of the groups that share it."""
-DECADES = 4
-"""Below the largest score of a result by which a cell of its strip is as dark as can be."""
+"""Cells of a heat strip at most."""
 
 
 def write_index(
@@ -49,24 +44,6 @@ def write_index(
     atomic_write(out, render_page(template, context, FILES))
 
 
-def read_results(sensitivity: Path) -> Iterator[Result]:
-    """Yield the results of a ``sensitivity.parquet`` one by one, without what metadata say.
-
-    Raises:
-        LayersenseError: it cannot be read.
-    """
-    try:
-        file = pq.ParquetFile(sensitivity)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise LayersenseError(
-            f"{sensitivity}: cannot be read as a table of layersense ({error}); delete it and run "
-            "`snakemake` again"
-        ) from error
-    with file:
-        for index in range(file.num_row_groups):
-            yield make_result(file.read_row_group(index), sensitivity)
-
-
 def index_context(
     runs: list[dict[str, Any]], results: Iterator[Result], report: config.Report
 ) -> dict[str, Any]:
@@ -82,7 +59,7 @@ def index_context(
         key = result.run, result.scheme
         profiles[key] = profile(result)
         strips[key] = strip(result)
-        tops[key] = [group.layer for group in result.ranked[:3] if group.importance]
+        tops[key] = most_sensitive(result)
     rows = sorted(runs, key=lambda row: (row["model"] or "", row["run"], row["scheme"]))
     keys = [(plain(row["run"]), plain(row["scheme"])) for row in rows]
     details = [
@@ -124,15 +101,9 @@ def strip(result: Result) -> str:
     Dark blue is low, yellow is high, on a logarithmic scale below the result's own largest score;
     transparent is what has no score.
     """
-    values = [group.importance for group in result.groups]
-    per_cell = -(-len(values) // CELLS)
-    largest = max((value for value in values if value), default=0.0)
-    rows = []
-    for cell, start in enumerate(range(0, len(values), per_cell)):
-        known = [value for value in values[start : start + per_cell] if value]
-        if known:
-            rows.append({"cell": cell, "heat": max(-DECADES, log10(max(known) / largest))})
-    count = -(-len(values) // per_cell)
+    cells = heat(result, CELLS)
+    count = len(cells)
+    rows = [{"cell": cell, "heat": value} for cell, value in enumerate(cells) if value is not None]
     spec = {
         "width": count,
         "height": 6,

@@ -1,7 +1,8 @@
 """Markdown reports: one for each scheme, and the page that shows them side by side."""
 
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,28 @@ from layersense.manifests.schema import (
     SUFFIX,
     AutoQuantizeState,
     Budget,
+    Finding,
     FormatRun,
     Manifest,
     plain_name,
 )
 from layersense.quantization.formats import NONE
 from layersense.recipes.targets import TARGETS
-from layersense.reports.measured import read_measured
+from layersense.reports.compare import Profile, compare, profile
+from layersense.reports.measured import Measured, read_measured
+from layersense.reports.overview import heat, most_sensitive, read_results, text_strip
 from layersense.reports.result import Group, Result, Score, read_result, read_table
-from layersense.reports.text import Markdown, bits, code, escape, join, number, render
+from layersense.reports.text import Markdown, bits, code, escape, join, number, plain, render
 
+SEVERITIES = ["error", "warning", "info"]
 MAX_FORMAT_COLUMNS = 4
 """Formats that get a column of their own in the table of all groups."""
 MAX_LAYERS = 6
 """Layers that one sentence names."""
+STRIP_CELLS = 32
+"""Cells of the strip along depth at most."""
+MAX_COMPARED = 10
+"""Results of one model up to which the summary compares any two."""
 MAX_POINTS = 7
 """Points of the frontier that the report shows, beside the knee, the choice and the baselines."""
 FRONTIER_COLUMNS = [
@@ -62,12 +71,15 @@ def write_report(
     """
     manifest = read_own_manifest(manifest_path)
     frontier = read_table(frontier_path, columns=FRONTIER_COLUMNS).to_pylist()
-    context = report_context(manifest, read_result(layers_path), frontier, report)
-    if verification_path is not None:
-        context["verification"] = read_measured(
-            verification_path, manifest.scheme.name, manifest.run
-        )
-    atomic_write(out, render(template, context))
+    measured = (
+        read_measured(verification_path, manifest.scheme.name, manifest.run)
+        if verification_path
+        else None
+    )
+    result = read_result(layers_path)
+    atomic_write(
+        out, render(template, report_context(manifest, result, frontier, report, measured))
+    )
 
 
 def write_summary(
@@ -85,17 +97,17 @@ def write_summary(
     Raises:
         LayersenseError: an input cannot be read.
     """
-    ranked = read_table(
-        sensitivity_path,
-        columns=["run", "scheme", "layer", "format", "rank", "score_share"],
-        filters=[("rank", "<=", 3)],
-    ).to_pylist()
     runs = read_table(runs_path).to_pylist()
-    atomic_write(out, render(template, summary_context(runs, ranked, report)))
+    context = summary_context(runs, read_results(sensitivity_path), report)
+    atomic_write(out, render(template, context))
 
 
 def report_context(
-    manifest: Manifest, result: Result, frontier: list[dict[str, Any]], report: config.Report
+    manifest: Manifest,
+    result: Result,
+    frontier: list[dict[str, Any]],
+    report: config.Report,
+    measured: Measured | None = None,
 ) -> dict[str, Any]:
     """Return what the template of a report may print.
 
@@ -104,14 +116,16 @@ def report_context(
         result: its ``layers.parquet``.
         frontier: rows of its ``frontier.parquet``.
         report: how the report should look.
+        measured: what was measured of it.
     """
+    findings = all_findings(manifest.findings, measured)
     return {
         "title": report.title,
         "top": report.top,
         "manifest": manifest,
         "result": result,
-        "findings": [_finding(finding) for finding in manifest.findings],
-        "trust": trust([finding.severity for finding in manifest.findings]),
+        "findings": [_finding(finding) for finding in findings],
+        "trust": trust([finding.severity for finding in findings]),
         "recipe": _recipe(result),
         "left": [
             {
@@ -132,29 +146,37 @@ def report_context(
         "target": target_text(manifest.autoquant_state),
         "recipes": _recipes(frontier),
         "flips": _flips(manifest),
-        "verification": None,
+        "verification": measured,
         "provenance": _provenance(manifest),
     }
 
 
 def summary_context(
-    runs: list[dict[str, Any]], ranked: list[dict[str, Any]], report: config.Report
+    runs: list[dict[str, Any]], results: Iterable[Result], report: config.Report
 ) -> dict[str, Any]:
     """Return what the template of the summary may print.
 
     Args:
         runs: rows of ``runs.parquet``.
-        ranked: rows of ``sensitivity.parquet`` with the highest ranks.
+        results: the results of ``sensitivity.parquet``, in any order.
         report: how the summary should look.
     """
+    profiles, strips, layers = {}, {}, {}
+    for result in results:
+        key = result.run, result.scheme
+        profiles[key] = profile(result)
+        strips[key] = Markdown(f"`{text_strip(heat(result, STRIP_CELLS))}`")
+        layers[key] = Markdown(", ".join(code(name) for name in most_sensitive(result)) or "–")
     models: dict[str, list[dict[str, Any]]] = {}
     folder = posixpath.dirname(paths.summary())
     for row in sorted(runs, key=lambda row: (row["model"] or "", row["run"], row["scheme"])):
         target = posixpath.relpath(paths.report_markdown(row["run"], row["scheme"]), folder)
         shares = zip(row["subsystems"], row["subsystem_shares"], strict=True)
+        key = plain(row["run"]), plain(row["scheme"])
         models.setdefault(row["model"] or "unknown model", []).append(
             {
                 **row,
+                "key": key,
                 "link": Markdown(
                     f"{escape(row['scheme'])} (imported, {row['imported']})"
                     if row["imported"]
@@ -162,10 +184,35 @@ def summary_context(
                 ),
                 "findings": finding_counts(row["errors"], row["warnings"], row["infos"]),
                 "shares": list(shares),
-                "layers": _most_sensitive(ranked, row["run"], row["scheme"]),
+                "strip": strips[key],
+                "layers": layers[key],
             }
         )
-    return {"title": report.title, "models": models, "n_runs": len({row["run"] for row in runs})}
+    return {
+        "title": report.title,
+        "models": [
+            {
+                "name": name,
+                "rows": rows,
+                "pairs": _pairs([row["key"] for row in rows], profiles),
+                "pair_count": len(rows) * (len(rows) - 1) // 2,
+            }
+            for name, rows in models.items()
+        ],
+        "n_runs": len({row["run"] for row in runs}),
+    }
+
+
+def _pairs(
+    keys: list[tuple[str, str]], profiles: Mapping[tuple[str, str], Profile]
+) -> list[dict[str, Any]]:
+    """Return any two of the results compared; none where these are too many for a table."""
+    if len(keys) > MAX_COMPARED:
+        return []
+    return [
+        {"a": " / ".join(a), "b": " / ".join(b), "found": compare(profiles[a], profiles[b])}
+        for a, b in combinations(keys, 2)
+    ]
 
 
 def score_text(entry: Score) -> str:
@@ -179,6 +226,12 @@ def score_text(entry: Score) -> str:
 def score_unit(modality: str | None) -> str:
     """Return what a score is divided by, in the singular."""
     return "token" if modality in ("text", "text_pair", "image_text") else "sample"
+
+
+def all_findings(own: Sequence[Finding], measured: Measured | None) -> list[Finding]:
+    """Return what was found of the scores and by verification, the most severe first."""
+    found = [*own, *(measured.findings if measured else ())]
+    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def trust(severities: Sequence[str]) -> str:
@@ -330,14 +383,3 @@ def _run(name: str, entry: FormatRun) -> dict[str, Any]:
         "batches": len(entry.batches.tokens),
         "seconds": ", ".join(f"{phase} {number(value)}" for phase, value in entry.seconds.items()),
     }
-
-
-def _most_sensitive(ranked: list[dict[str, Any]], run: str, scheme: str) -> Markdown:
-    """Return the layers that lead under any format of one scheme, by their largest share."""
-    shares: dict[str, float] = {}
-    for row in ranked:
-        if row["run"] == run and row["scheme"] == scheme:
-            share = row["score_share"] or 0.0
-            shares[row["layer"]] = max(share, shares.get(row["layer"], 0.0))
-    best = sorted(shares, key=lambda layer: -shares[layer])[:3]
-    return Markdown(", ".join(code(layer) for layer in best) or "–")

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from layersense.manifests.schema import Finding
 from layersense.reports.result import read_table
 from layersense.reports.text import plain
 from layersense.verification.analysis import Correlation, Duel, Summary, Verdict
@@ -49,6 +50,16 @@ class Measured:
     def chosen(self) -> dict[str, Any] | None:
         """The scheme's own recipe; None where it is not measured."""
         return next((row for row in self.recipes if row["role"] == "scheme"), None)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Of the run, without those about formats that the scheme does not have."""
+        others = {entry.format for entry in self.summary.correlations} - set(self.formats)
+        return [
+            finding
+            for finding in self.summary.findings
+            if not any(finding.what.startswith(f"Under {name} ") for name in others)
+        ]
 
     @property
     def random(self) -> dict[str, Any] | None:

@@ -1,0 +1,67 @@
+"""All results side by side: what ``index.html`` and ``summary.md`` both say of them."""
+
+from collections.abc import Iterator
+from math import log10
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from layersense.errors import LayersenseError
+from layersense.reports.result import Result, make_result
+
+DECADES = 4
+"""Below the largest score of a result by which a cell of its strip is as dark as can be."""
+NAMED = 3
+"""Most sensitive layers that a page of all results names of each."""
+BLOCKS = "▁▂▃▄▅▆▇█"
+"""From low to high."""
+EMPTY = "·"
+"""A cell without a score."""
+
+
+def read_results(sensitivity: Path) -> Iterator[Result]:
+    """Yield the results of a ``sensitivity.parquet`` one by one, without what metadata say.
+
+    Raises:
+        LayersenseError: it cannot be read.
+    """
+    try:
+        file = pq.ParquetFile(sensitivity)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise LayersenseError(
+            f"{sensitivity}: cannot be read as a table of layersense ({error}); delete it and run "
+            "`snakemake` again"
+        ) from error
+    with file:
+        for index in range(file.num_row_groups):
+            yield make_result(file.read_row_group(index), sensitivity)
+
+
+def most_sensitive(result: Result) -> list[str]:
+    """Return the layers with the largest scores, those without any left out."""
+    return [group.layer for group in result.ranked[:NAMED] if group.importance]
+
+
+def heat(result: Result, cells: int) -> list[float | None]:
+    """Return a result's sensitivity along depth in ``cells`` cells at most.
+
+    A cell is the worst of the groups that share it, as the decimal logarithm of its share in the
+    largest score, not below -:data:`DECADES`; None where none of them has a score above zero.
+    """
+    values = [group.importance for group in result.groups]
+    per_cell = -(-len(values) // cells)
+    largest = max((value for value in values if value), default=0.0)
+    found: list[float | None] = []
+    for start in range(0, len(values), per_cell):
+        known = [value for value in values[start : start + per_cell] if value]
+        found.append(max(-DECADES, log10(max(known) / largest)) if known else None)
+    return found
+
+
+def text_strip(cells: list[float | None]) -> str:
+    """Return a strip of :func:`heat` as text, a letter for each cell."""
+    steps = len(BLOCKS) - 1
+    return "".join(
+        EMPTY if cell is None else BLOCKS[round(steps * (1 + cell / DECADES))] for cell in cells
+    )
