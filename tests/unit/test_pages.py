@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import altair as alt
 import msgspec
+import pyarrow.parquet as pq
 import pytest
 import result_files as rf
 import score_files as sf
@@ -477,6 +478,26 @@ def test_findings_travel_in_the_table_alone(tmp_path, render):
     about = read_result(place / "layers.parquet").about
     assert about is not None
     assert msgspec.to_builtins(about)["model"]["name"] in page.text
+
+
+@pytest.mark.parametrize("rows", [1, 20, 30, 1 << 16])
+def test_results_are_read_one_by_one_however_they_are_grouped(tmp_path, monkeypatch, rows):
+    places = [rf.write_result(tmp_path, run=run, scheme=scheme)
+              for run, scheme in (("a", "x"), ("a", "y"), ("b", "x"))]  # fmt: skip
+    monkeypatch.setattr("layersense.manifests.tables.ROW_GROUP", rows)
+    rf.write_tables(tmp_path, places)
+    found = list(read_results(tmp_path / "sensitivity.parquet"))
+    assert [(result.run, result.scheme) for result in found] == [("a", "x"), ("a", "y"), ("b", "x")]
+    for result, place in zip(found, places, strict=True):
+        assert result.groups == read_result(place / "layers.parquet").groups
+
+
+def test_a_result_may_go_on_in_the_next_row_group(tmp_path):
+    place = rf.write_result(tmp_path)
+    whole = pq.read_table(place / "layers.parquet")
+    pq.write_table(whole, tmp_path / "sensitivity.parquet", row_group_size=4)
+    (found,) = read_results(tmp_path / "sensitivity.parquet")
+    assert found.groups == read_result(place / "layers.parquet").groups
 
 
 def test_imported_results_are_marked_and_lead_nowhere(tmp_path):

@@ -1,7 +1,7 @@
 """Tidy Parquet tables of manifests: one scheme, all schemes, all runs."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from layersense.manifests.stability import TOP
 from layersense.quantization.formats import NONE
 
 TABLE_VERSION = 5
+ROW_GROUP = 1 << 16
+"""Rows from which on a row group of ``sensitivity.parquet`` is written."""
 BYTES_PER_COST = 2
 """ModelOpt's cost is elements × bits / 16, that is, units of two bytes."""
 
@@ -203,30 +205,48 @@ def table_beside(manifest: str | Path) -> Path:
 
 
 def write_sensitivity(tables: Sequence[str | Path], out: str | Path) -> None:
-    """Concatenate ``layers.parquet`` files, a row group each, never all in memory.
+    """Concatenate ``layers.parquet`` files, never all in memory.
 
-    Pages read one result at a time by its row group.
+    Tables are gathered to row groups of :data:`ROW_GROUP` rows: one for each table would make the
+    file's footer, which a writer holds in memory, grow with the number of tables.
 
     Raises:
         LayersenseError: a table cannot be read or has other columns.
     """
+    held: list[pa.Table] = []
     with atomic_path(out) as temporary, _writer(temporary, LAYERS) as writer:
-        for path in tables:
-            try:
-                file = pq.ParquetFile(path)
-            except (OSError, pa.ArrowInvalid) as error:
+        for table in _layers_of(tables):
+            held.append(table)
+            if sum(map(len, held)) >= ROW_GROUP:
+                _write_group(writer, held)
+        _write_group(writer, held)
+
+
+def _layers_of(tables: Sequence[str | Path]) -> Iterator[pa.Table]:
+    for path in tables:
+        try:
+            file = pq.ParquetFile(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise LayersenseError(
+                f"{path}: cannot be read as a Parquet table ({error}); delete it and run "
+                "`snakemake` again"
+            ) from error
+        with file:
+            if not file.schema_arrow.equals(LAYERS):
                 raise LayersenseError(
-                    f"{path}: cannot be read as a Parquet table ({error}); delete it and run "
-                    "`snakemake` again"
-                ) from error
-            with file:
-                if not file.schema_arrow.equals(LAYERS):
-                    raise LayersenseError(
-                        f"{path}: has other columns than this layersense writes; delete it and "
-                        "run `snakemake` again"
-                    )
-                for index in range(file.num_row_groups):
-                    writer.write_table(file.read_row_group(index).cast(LAYERS))
+                    f"{path}: has other columns than this layersense writes; delete it and "
+                    "run `snakemake` again"
+                )
+            for index in range(file.num_row_groups):
+                yield file.read_row_group(index).cast(LAYERS)
+
+
+def _write_group(writer: pq.ParquetWriter, held: list[pa.Table]) -> None:
+    """Write tables as one row group, and forget them."""
+    if held:
+        table = pa.concat_tables(held).unify_dictionaries().combine_chunks()
+        writer.write_table(table, row_group_size=max(1, len(table)))
+    held.clear()
 
 
 def write_runs(manifests: Sequence[str | Path], out: str | Path) -> None:

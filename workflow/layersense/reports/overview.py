@@ -12,6 +12,8 @@ from layersense.reports.result import Result, make_result
 
 DECADES = 4
 """Below the largest score of a result by which a cell of its strip is as dark as can be."""
+KEY = ("run", "scheme")
+"""Columns of a table that tell results apart."""
 NAMED = 3
 """Most sensitive layers that a page of all results names of each."""
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -34,8 +36,30 @@ def read_results(sensitivity: Path) -> Iterator[Result]:
             "`snakemake` again"
         ) from error
     with file:
+        begun: pa.Table | None = None
         for index in range(file.num_row_groups):
-            yield make_result(file.read_row_group(index), sensitivity)
+            for part in _by_result(file.read_row_group(index)):
+                # A large table may go on in the next row group.
+                if begun is not None and _key(begun) == _key(part):
+                    begun = pa.concat_tables([begun, part]).unify_dictionaries()
+                    continue
+                if begun is not None:
+                    yield make_result(begun, sensitivity)
+                begun = part
+        if begun is not None:
+            yield make_result(begun, sensitivity)
+
+
+def _by_result(table: pa.Table) -> Iterator[pa.Table]:
+    """Yield the parts of a table that have one run and scheme, in their order."""
+    keys = list(zip(*(table.column(name).to_pylist() for name in KEY), strict=True))
+    starts = [row for row in range(len(keys)) if row == 0 or keys[row] != keys[row - 1]]
+    for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
+        yield table.slice(start, end - start)
+
+
+def _key(table: pa.Table) -> tuple[str, ...]:
+    return tuple(table.column(name)[0].as_py() for name in KEY)
 
 
 def most_sensitive(result: Result) -> list[str]:
