@@ -208,3 +208,36 @@ def test_never_worse_than_modelopts_own_solver():
             compared += 1
             assert ours.score <= problem.scores[chosen].sum() * (1 + 1e-12)
     assert compared >= 6
+
+
+def test_never_worse_than_modelopts_search_for_the_least_maximum():
+    """ModelOpt's `kl_div` searcher, which bisects a threshold on the largest score."""
+    algorithms = pytest.importorskip("modelopt.torch.quantization.algorithms")
+    compared = equal = 0
+    for seed in range(20):
+        problem = wide_problem(seed, 20 + 10 * seed, 2 + seed % 5)
+        budget = float(problem.costs.min(axis=1).sum() * (1.1 + 0.1 * (seed % 6)))
+        searcher = object.__new__(algorithms.AutoQuantizeKLDivSearcher)
+        # Options by rising cost: the first within the threshold is taken.
+        order = np.argsort(problem.costs, axis=1, kind="stable")
+        rows = np.arange(len(order))[:, None]
+        searcher.candidate_stats = {
+            str(group): {"formats": list(indices), "scores": list(scores), "costs": list(costs)}
+            for group, (indices, scores, costs) in enumerate(
+                zip(order, problem.scores[rows, order], problem.costs[rows, order], strict=True)
+            )
+        }
+        best, satisfied = searcher.run_search_with_stats(budget)
+        if not satisfied:
+            continue
+        compared += 1
+        ours = solve(problem, budget, "max")
+        theirs = max(entry["scores"] for entry in best.values())
+        assert ours.score <= theirs * (1 + 1e-12)
+        assert ours.gap == 0
+        total = problem.scores[np.arange(len(ours.choice)), ours.choice].sum()
+        if ours.score == theirs:  # of equal maxima ours is the one of least sum
+            equal += 1
+            assert total <= sum(entry["scores"] for entry in best.values()) * (1 + 1e-12)
+    assert compared >= 10
+    assert equal >= 5
