@@ -161,12 +161,16 @@ def test_kl_div_goes_on_where_a_killed_job_stopped(
     killed = Interrupted()
     killed.stop_at = calibration + 2 * each + 3  # in the third of four batches
     file = tmp_path / "in-progress"
-    what = replace(undisturbed, in_progress=in_progress.InProgress(file, "digest"))
+
+    def kept(path, digest):
+        return in_progress.InProgress(path, digest, in_progress.Completed)
+
+    what = replace(undisturbed, in_progress=kept(file, "digest"))
     with pytest.raises(KeyboardInterrupt):
         run(replace(what, task=killed), INT8, FP8)
-    complete = replace(what, in_progress=in_progress.InProgress(tmp_path / "all", "digest"))
+    complete = replace(what, in_progress=kept(tmp_path / "all", "digest"))
     run(complete, INT8, FP8)
-    other = replace(what, in_progress=in_progress.InProgress(file, "another measurement"))
+    other = replace(what, in_progress=kept(file, "another measurement"))
     for again, batches in ((what, 2), (complete, 1), (other, 4)):
         task = Toy()
         entries = run(replace(again, task=task), INT8, FP8)

@@ -22,11 +22,13 @@ from layersense.quantization.formats import known_formats
 from layersense.recipes.baselines import random_recipes
 from layersense.recipes.decide import build_manifest
 from layersense.recipes.menu import Menu
+from layersense.scoring.in_progress import InProgress
 from layersense.verification import measure as module
 from layersense.verification.analysis import correlate, difference_interval, mean_with_interval
 from layersense.verification.measure import Measurer, kl_divergence, unit_sizes
 from layersense.verification.plan import Whole, make_plan, pick_groups
 from layersense.verification.replay import Calibration, Switchboard
+from layersense.verification.store import Completed
 from layersense.verification.table import SUMMARY_KEY, read_summary, verification_table
 
 FP8, INT8, INT4 = sf.FORMATS
@@ -436,3 +438,45 @@ def test_the_html_report_shows_measured_beside_predicted(tmp_path, repository):
     assert "KL on held-out rows" in text
     assert "not measured" not in text
     assert "FP8, all" in text
+
+
+def test_a_killed_measurement_goes_on_where_it_was(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("layersense.scoring.in_progress.SAVE_SECONDS", 0.0)
+    board, data = llama
+    singles = [(FP8, "lm_head.quant_recipe"), (INT4, "lm_head.quant_recipe")]
+    recipes = {"all": Whole(dict.fromkeys(board.modules, INT4))}
+    expected = measurer(llama).measure(singles, recipes)
+    assert len(data.batches) > 1
+    file = tmp_path / ".verification.json.in-progress"
+
+    class KilledError(Exception):
+        pass
+
+    stopped = measurer(llama)
+    whole_batch, measured = stopped._measure_batch, []
+
+    def stop(batch, *arguments):
+        if measured:
+            raise KilledError
+        measured.append(batch)
+        whole_batch(batch, *arguments)
+
+    stopped._measure_batch = stop
+    with pytest.raises(KilledError):
+        stopped.measure(singles, recipes, InProgress(file, "this", Completed))
+    assert file.exists()
+
+    again = measurer(llama)
+    rest = []
+    whole_of = again._measure_batch
+
+    def count(batch, *arguments):
+        rest.append(batch)
+        whole_of(batch, *arguments)
+
+    again._measure_batch = count
+    assert again.measure(singles, recipes, InProgress(file, "this", Completed)) == expected
+    assert len(rest) == len(data.batches) - 1
+    # What another measurement left is not taken up.
+    other = measurer(llama)
+    assert other.measure(singles, recipes, InProgress(file, "other", Completed)) == expected

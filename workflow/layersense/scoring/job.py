@@ -23,7 +23,7 @@ from layersense.quantization.extensions import (
     why_left_out,
 )
 from layersense.quantization.formats import Format, check_device, format_from_settings
-from layersense.scoring.in_progress import InProgress
+from layersense.scoring.in_progress import Completed, InProgress
 from layersense.scoring.lease import lease, visible_devices
 from layersense.scoring.scores import (
     Dataset,
@@ -95,7 +95,9 @@ def score_run(
         held = _held(out, partial, digests)
         if held is not None:
             _forget_simulated(held, formats, settings["modality"], built)
-        in_progress = InProgress(out.with_name(f".{out.name}.in-progress"), digest_json(digests))
+        in_progress = InProgress(
+            out.with_name(f".{out.name}.in-progress"), digest_json(digests), Completed
+        )
         missing = [name for name in formats if held is None or name not in held.formats]
         if missing:
             logger.info("to measure: %s", ", ".join(missing))
@@ -148,7 +150,7 @@ def _measure(
     database_file: Path,
     threads: int | None,
     gpus: int,
-    in_progress: InProgress,
+    in_progress: InProgress[Completed],
     cache: Path,
 ) -> Iterator[Scores]:
     """Yield the score file's content after each step that completed some formats."""
@@ -233,7 +235,7 @@ def prepare_measurement(
     database_file: Path,
     *,
     gpus: int = 1,
-    in_progress: InProgress | None = None,
+    in_progress: InProgress[Completed] | None = None,
 ) -> tuple["Measurement", Dataset]:
     """Return what a run measures, and on what.
 

@@ -19,7 +19,7 @@ from layersense.models.tasks.protocol import Batch, Loaded, Sampling, Task
 from layersense.quantization.formats import Format
 from layersense.quantization.modelopt_formats import kernel_mode
 from layersense.scoring.environment import describe_environment, peak_memory_bytes
-from layersense.scoring.in_progress import InProgress
+from layersense.scoring.in_progress import Completed, InProgress
 from layersense.scoring.scores import Agreement, Batches, Fit, FormatScores, GroupScore, Reached
 
 
@@ -38,7 +38,7 @@ class Measurement:
     dtype: str
     device: torch.device
     seed: int
-    in_progress: InProgress | None = None
+    in_progress: InProgress[Completed] | None = None
     """Where completed batches of a long measurement are kept."""
     gpus: int = 1
     """How many GPUs the model is spread over, the first that are visible."""

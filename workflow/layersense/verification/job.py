@@ -17,9 +17,11 @@ from layersense.quantization.extensions import cache_folder
 from layersense.quantization.formats import NONE, Format, format_from_settings
 from layersense.quantization.kv_cache import KV_CACHES
 from layersense.recipes.quant_config import make_cache
+from layersense.scoring.in_progress import InProgress
 from layersense.scoring.job import extensions_here, leased, only_job
 from layersense.verification.plan import Plan, Whole, make_plan
 from layersense.verification.store import (
+    Completed,
     MeasuredRecipe,
     Single,
     Verification,
@@ -81,15 +83,21 @@ def verify_run(
         recipes = wanted.missing_recipes(held)
         if held is None or singles or recipes:
             logger.info("to measure: %d single groups, %d recipes", len(singles), len(recipes))
+            in_progress = InProgress(
+                out.with_name(f".{out.name}.in-progress"),
+                wanted.digest(singles, recipes),
+                Completed,
+            )
             found = _measure(
                 run, settings["measured"], wanted, singles, recipes, checkpoint, database_file,
-                threads, gpus, cache_folder(cache),
+                threads, gpus, cache_folder(cache), in_progress,
             )  # fmt: skip
             held = _merge(held, found, context)
         else:
             logger.info("all of it is measured already")
         held.run = run
         write_verification(out, held)
+        out.with_name(f".{out.name}.in-progress").unlink(missing_ok=True)
     return len(singles) + len(recipes)
 
 
@@ -145,6 +153,15 @@ class Wanted:
         meant = {handle: self._settings[name] for handle, name in whole.recipe.items()}
         cache = [] if whole.kv_cache == "none" else [KV_CACHES[whole.kv_cache]]
         return digest_json([self.context, meant, *cache])
+
+    def digest(self, singles: Sequence[tuple[str, str]], recipes: Mapping[str, Whole]) -> str:
+        """Return the digest of one job's measurements together."""
+        return digest_json(
+            [
+                [self.single_digest(format, handle) for format, handle in singles],
+                {digest: self.recipe_digest(whole) for digest, whole in recipes.items()},
+            ]
+        )
 
     def missing_singles(self, held: Verification | None) -> list[tuple[str, str]]:
         """Return format and handle of what is not held."""
@@ -202,6 +219,7 @@ def _measure(
     threads: int | None,
     gpus: int,
     cache: Path,
+    in_progress: InProgress[Completed],
 ) -> Verification:
     with leased(settings["device"], gpus):
         start = time.monotonic()
@@ -258,7 +276,7 @@ def _measure(
         seconds["calibrate"] = time.monotonic() - start
         start = time.monotonic()
         measurer = Measurer(board, task, heldout, device, calibration.dtype)
-        before, alone, whole = measurer.measure(singles, recipes)
+        before, alone, whole = measurer.measure(singles, recipes, in_progress)
         seconds["measure"] = time.monotonic() - start
         for digest, damage in whole.items():
             damage.digest = wanted.recipe_digest(recipes[digest])

@@ -12,13 +12,16 @@ from torch.nn import functional
 
 from layersense.errors import LayersenseError
 from layersense.models.tasks.protocol import IGNORED, Batch, Task
+from layersense.scoring.in_progress import InProgress
 from layersense.scoring.progress import Progress
 from layersense.verification.plan import Whole
 from layersense.verification.replay import Switchboard
-from layersense.verification.store import Before, Damage
+from layersense.verification.store import Before, Completed, Damage
 
 logger = logging.getLogger(__name__)
 
+CALL = "verify"
+"""Verification has one call, where scoring has one for each set of formats."""
 CHUNK = 2**25
 """Logits whose log-probabilities are computed at once."""
 
@@ -54,13 +57,18 @@ class Measurer:
 
     @torch.inference_mode()
     def measure(
-        self, singles: Sequence[Single], recipes: Mapping[str, Whole]
+        self,
+        singles: Sequence[Single],
+        recipes: Mapping[str, Whole],
+        in_progress: InProgress[Completed] | None = None,
     ) -> tuple[Before, dict[Single, Damage], dict[str, Damage]]:
         """Measure groups alone and whole recipes.
 
         Args:
             singles: format and handle of each group to quantize alone.
             recipes: digest → recipe.
+            in_progress: where completed batches are kept; those that it holds are not measured
+                again.
 
         Returns:
             The unquantized model; what each single did; what each recipe did. Their digests are
@@ -70,15 +78,33 @@ class Measurer:
             LayersenseError: a batch does not fit into memory, or the unquantized model's outputs
                 are not finite.
         """
-        before = Before(digest="", positions=[], correct=[], loss=[], tokens=[])
-        alone = {single: _nothing() for single in singles}
-        whole = {digest: _nothing() for digest in recipes}
+        done = in_progress.read(CALL) if in_progress else None
+        if done is None:
+            nothing: dict[str, dict[str, Damage]] = {}
+            for format, handle in singles:
+                nothing.setdefault(format, {})[handle] = _nothing()
+            done = Completed(
+                batches=0,
+                exact_reuse=self.exact_reuse,
+                before=Before(digest="", positions=[], correct=[], loss=[], tokens=[]),
+                singles=nothing,
+                recipes={digest: _nothing() for digest in recipes},
+            )
+        else:
+            logger.info("going on after %d batches of %d", done.batches, len(self.batches))
+        self.exact_reuse = done.exact_reuse
+        before, whole = done.before, done.recipes
+        alone = {(format, handle): done.singles[format][handle] for format, handle in singles}
         progress = Progress("verify", total=len(self.batches), unit="batch", device=self.device)
         try:
-            for batch in self.batches:
-                self._measure_batch(
-                    batch.to(self.device, self.dtype), recipes, before, alone, whole
-                )
+            for index, batch in enumerate(self.batches):
+                if index >= done.batches:
+                    self._measure_batch(
+                        batch.to(self.device, self.dtype), recipes, before, alone, whole
+                    )
+                    done.batches, done.exact_reuse = index + 1, self.exact_reuse
+                    if in_progress:
+                        in_progress.save(CALL, lambda: done)
                 progress.step()
         except torch.OutOfMemoryError as error:
             raise LayersenseError(

@@ -59,6 +59,18 @@ class Before(msgspec.Struct, kw_only=True):
     """Supervised tokens of each batch (samples, where there are none)."""
 
 
+class Completed(msgspec.Struct, kw_only=True):
+    """What the batches gave that an unfinished job has completed."""
+
+    batches: int
+    exact_reuse: bool
+    before: Before
+    singles: dict[str, dict[str, Damage]]
+    """Format → handle → what it did alone."""
+    recipes: dict[str, Damage]
+    """By the recipe's digest."""
+
+
 class Verification(msgspec.Struct, kw_only=True):
     """The whole file."""
 
