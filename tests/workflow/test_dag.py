@@ -167,7 +167,7 @@ def add_dataset(config: dict[str, Any]) -> None:
     [
         (
             remove_scheme,
-            {f"{rule}/demo.image-text/int8_all_layers" for rule in SCHEME_RULES},
+            {f"{rule}/demo.image-text/int8_all_layers" for rule in (*SCHEME_RULES, "scatter")},
             set(),
         ),
         (
