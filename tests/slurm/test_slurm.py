@@ -1,8 +1,8 @@
 """The workflow on a real SLURM, through what clusters do to jobs.
 
-One bad night: every fault has a study of its own, all at the same time on one node, because most
-of a fault is waiting. Each test then looks at one of them. All end with the results of a study that
-ran undisturbed on the local machine.
+One bad night: the whole demo, and for every fault a study of its own, all at the same time on one
+node, because most of a fault is waiting. Each test then looks at one of them. The studies end with
+the results of one that ran undisturbed on the local machine.
 """
 
 import json
@@ -24,16 +24,21 @@ import psutil
 import pytest
 from cluster import Cluster
 
-from projects import Project
+from projects import Project, make_project
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "workflow"))
+
+from volatile import stable_manifest, stable_scores
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-WORKFLOW_TESTS = Path(__file__).parents[1] / "workflow"
 RUN = "llm.words"
 TARGET = f"results/{RUN}/fp8/layers.parquet"
 LOG = f"logs/score/{RUN}.jsonl"
 GPU = "score:gpu=1"
 """What lets a scoring job on the CPU hold a GPU as one on a GPU does."""
+DEMO_PATIENCE = 900
+"""Seconds for the demo, which takes three minutes where nothing else runs."""
 PATIENCE = 420
 """Seconds after which a test gives up waiting for what must happen; nothing may hang."""
 PROFILE = (
@@ -75,10 +80,12 @@ def started(story: Story, cluster: Cluster, *arguments: str) -> psutil.Popen:
         )
 
 
-def ended(story: Story, cluster: Cluster, process: psutil.Popen) -> Story:
+def ended(
+    story: Story, cluster: Cluster, process: psutil.Popen, patience: float = PATIENCE
+) -> Story:
     """Wait for Snakemake and note how all went."""
     try:
-        story.returncode = process.wait(PATIENCE)
+        story.returncode = process.wait(patience)
     except psutil.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         story.notes["hung"] = True
@@ -193,8 +200,8 @@ def dead_node(story: Story, cluster: Cluster) -> Story:
     return ended(story, cluster, process)
 
 
-def undisturbed(story: Story, cluster: Cluster) -> Story:
-    """The whole study, with GPUs for its scoring jobs and a cap of one."""
+def demo(story: Story, cluster: Cluster) -> Story:
+    """The whole demo, with GPUs for what measures and a cap of one."""
     doctor = subprocess.run(
         [sys.executable, "-m", "layersense", "doctor", "--profile", "profiles/slurm"],
         cwd=story.project.root,
@@ -203,8 +210,8 @@ def undisturbed(story: Story, cluster: Cluster) -> Story:
         text=True,
     )
     story.notes["doctor"] = doctor.stdout + doctor.stderr
-    gpu = ("--resources=gpu=1", "--set-resources", GPU)
-    return ended(story, cluster, started(story, cluster, *gpu))
+    gpu = ("--resources=gpu=1", "--set-resources", GPU, "verify:gpu=1")
+    return ended(story, cluster, started(story, cluster, *gpu), DEMO_PATIENCE)
 
 
 FAULTS = (late, hungry, cancelled, preempted, orphaned)
@@ -212,7 +219,7 @@ FAULTS = (late, hungry, cancelled, preempted, orphaned)
 
 @pytest.fixture(scope="module")
 def night(
-    new_study: Project, done_study: Project, tmp_path_factory: pytest.TempPathFactory
+    repository: Path, done_study: Project, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[Callable[..., Story]], Story]]:
     """Return what gives the story of a fault; all happen at once."""
     if reason := slurm.missing():
@@ -230,61 +237,70 @@ def night(
             (project.results / LOG).unlink()
             machine = lonely if fault is dead_node else shared
             stories[fault.__name__] = pool.submit(fault, Story(project), machine)
-        fresh = Story(new_study.copy(folder / "undisturbed"))
-        stories["undisturbed"] = pool.submit(undisturbed, fresh, shared)
+        clone = make_project(folder / "demo", repository)
+        stories["demo"] = pool.submit(demo, Story(clone), shared)
         yield lambda fault: stories[fault.__name__].result()
 
 
-def assert_same(story: Story, done_study: Project, runs: tuple[str, ...] = (RUN,)) -> None:
+def assert_same(story: Story, done_study: Project) -> None:
     """Compare with the study that ran on the local machine."""
-    sys.path.insert(0, str(WORKFLOW_TESTS))
-    from volatile import stable_manifest, stable_scores
-
     assert "hung" not in story.notes, story.output
     assert story.returncode == 0, story.output
-    for run in runs:
-        ours, theirs = story.project.results / run, done_study.results / run
-        assert stable_scores(ours / "scores.json") == stable_scores(theirs / "scores.json")
-        assert (ours / "measured.json").read_bytes() == (theirs / "measured.json").read_bytes()
-        for table in sorted(theirs.glob("*/layers.parquet")):
-            path = ours / table.relative_to(theirs)
-            assert path.read_bytes() == table.read_bytes()
-            manifest = path.with_name("manifest.json")
-            expected = stable_manifest(table.with_name("manifest.json"))
-            assert stable_manifest(manifest) == expected
+    ours, theirs = story.project.results / RUN, done_study.results / RUN
+    assert stable_scores(ours / "scores.json") == stable_scores(theirs / "scores.json")
+    assert (ours / "measured.json").read_bytes() == (theirs / "measured.json").read_bytes()
+    for table in sorted(theirs.glob("*/layers.parquet")):
+        path = ours / table.relative_to(theirs)
+        assert path.read_bytes() == table.read_bytes()
+        manifest = path.with_name("manifest.json")
+        assert stable_manifest(manifest) == stable_manifest(table.with_name("manifest.json"))
 
 
 Night = Callable[[Callable[..., Story]], Story]
 
 
-def test_the_study_through_sbatch(night: Night, done_study: Project) -> None:
-    story = night(undisturbed)
-    assert_same(story, done_study, ("llm.words", "vlm.photos"))
-    tables = ("sensitivity.parquet", "runs.parquet")
-    for name in tables:
-        ours, theirs = story.project.results / name, done_study.results / name
-        assert ours.read_bytes() == theirs.read_bytes()
+def test_the_demo_through_sbatch(night: Night) -> None:
+    story = night(demo)
+    assert "hung" not in story.notes, story.output
+    assert story.returncode == 0, story.output
     assert {job["JobState"] for job in story.states.values()} == {"COMPLETED"}
-    # Two databases, two scoring jobs, and one job for each scheme's solve and tables.
-    assert len(story.states) == 2 + 2 + 3
-    scores = story.rules("score")
-    assert len(scores) == 2
-    assert {job["TresPerJob"] for job in scores} == {"gres:gpu:1"}
-    others = [job for job in story.states.values() if job not in scores]
+    # A database, two scoring jobs, one job for each scheme's recipe and tables, a verification.
+    assert len(story.states) == 1 + 2 + 4 + 1
+    measuring = [*story.rules("score"), *story.rules("verify")]
+    assert len(measuring) == 2 + 1
+    assert {job["TresPerJob"] for job in measuring} == {"gres:gpu:1"}
+    others = [job for job in story.states.values() if job not in measuring]
     assert not any("gpu" in job.get("TresPerJob", "") for job in others)
+    # All that the demo promises is there.
+    assert "Nothing to be done" in story.project.run().output
+
+
+def test_the_demo_decides_on_the_cluster_as_on_the_local_machine(night: Night) -> None:
+    project = night(demo).project
+    place = project.results / "demo.image-text/int4_fp8_all_layers"
+    tables = [place / "layers.parquet", place / "frontier.parquet"]
+    before = [table.read_bytes() for table in tables]
+    manifest = stable_manifest(place / "manifest.json")
+    for file in (*tables, place / "manifest.json"):
+        file.unlink()
+    project.run(*(str(table.relative_to(project.root)) for table in tables))
+    assert [table.read_bytes() for table in tables] == before
+    assert stable_manifest(place / "manifest.json") == manifest
 
 
 def test_the_cap_on_gpus_holds(night: Night) -> None:
-    """Two scoring jobs and one GPU: one after the other."""
-    first, second = sorted(
-        (job["StartTime"], job["EndTime"]) for job in night(undisturbed).rules("score")
-    )
-    assert first[1] <= second[0]
+    """Three jobs that want a GPU, and one GPU: one after the other."""
+    story = night(demo)
+    measuring = [*story.rules("score"), *story.rules("verify")]
+    times = sorted((job["StartTime"], job["EndTime"]) for job in measuring)
+    assert len(times) == 3
+    for (_, end), (start, _) in pairwise(times):
+        assert end <= start
 
 
 def test_no_two_jobs_on_one_gpu_and_its_number_reaches_them(night: Night) -> None:
     held = []
-    for story in map(night, (undisturbed, late, hungry, cancelled)):
+    for story in map(night, (demo, late, hungry, cancelled)):
         for log in (story.project.results / "logs/score").glob("*.jsonl"):
             lines = records(story.project, f"logs/score/{log.name}")
             if lines[0].get("slurm_job_id") in story.states:
@@ -352,15 +368,15 @@ def test_a_dead_node(night: Night, done_study: Project) -> None:
 
 def test_the_status_command_needs_no_accounting(night: Night, repository: Path) -> None:
     """``sacct`` is installed and answers nothing; Snakemake would ask it for ever."""
-    story = night(undisturbed)
+    story = night(demo)
     assert story.returncode == 0
     profile = (repository / "profiles/slurm/config.yaml").read_text()
     assert "\nslurm-status-command: squeue\n" in profile
 
 
 def test_the_doctor_knows_this_cluster(night: Night) -> None:
-    text = night(undisturbed).notes["doctor"]
+    text = night(demo).notes["doctor"]
     assert "ok       SLURM: slurm" in text
-    assert "ok       SLURM status: squeue, jobs are kept 300 s" in text
+    assert "ok       SLURM status: squeue, jobs are kept 3600 s" in text
     assert f"gpu:{slurm.GPUS}" in text
     assert "warning  SLURM_CONF" in text  # this cluster's own way of not touching /etc
