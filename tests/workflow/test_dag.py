@@ -250,6 +250,7 @@ def provide_files(root: Path) -> None:
     (root / "data" / "texts.jsonl").write_text(json.dumps({"text": "a line"}) + "\n")
     for folder in ("my-checkpoint", "checkpoints/ssdlite", "checkpoints/segformer-b2-coco"):
         (root / folder).mkdir(parents=True)
+    (root / "yolo11n.pt").touch()
     (root / "photos").mkdir()
     (root / "photos" / "table.csv").write_text("image,text\n")
 

@@ -18,9 +18,9 @@ rule solve:
         settings=slice_of(settings.scheme_settings, "run", "scheme"),
         version=f"manifest-{MANIFEST_VERSION}",
     shell:
-        PYTHON + " -m layersense solve {wildcards.run:q} {wildcards.scheme:q}"
-        " --settings {params.settings:q} --scores {input.scores:q} --out {output:q}"
-        " > {log:q} 2>&1"
+        PYTHON
+        + " -m layersense solve {wildcards.run:q} {wildcards.scheme:q} --settings {params.settings:q}"
+        " --scores {input.scores:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule frontier:

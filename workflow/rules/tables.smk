@@ -22,8 +22,8 @@ rule layers:
     params:
         version=f"table-{TABLE_VERSION}",
     shell:
-        PYTHON + " -m layersense table --manifest {input.manifest:q} --out {output:q}"
-        " > {log:q} 2>&1"
+        PYTHON
+        + " -m layersense table --manifest {input.manifest:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule imported:
