@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from typing import Any
 
+from layersense.recipes.targets import TARGETS, TOWERS
+
 ALGORITHMS = frozenset(
     {
         "FP8",
@@ -25,12 +27,8 @@ ALGORITHMS = frozenset(
 MIXED = frozenset({"FP8", "NVFP4", "W4A16_NVFP4"})
 """Algorithms of single layers that ``ModelOptMixedPrecisionConfig.get_quant_method`` knows; a layer
 of any other is taken for unquantized, and its packed weight is refused or misread."""
-TOWERS = ("vision_tower", "vision_model", "visual")
-"""``ModelOptQuantConfigBase.get_quant_method``: where one algorithm is used, a module with one of
-these in its name is unquantized whatever the checkpoint says."""
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers that vLLM loads as one (``packed_modules_mapping`` of its Llama, Qwen and Mistral models);
-``_resolve_quant_algo`` raises where their algorithms differ."""
+FUSED = tuple(entry.layers for entry in TARGETS["vllm"].fused)
+"""Layers that vLLM loads as one; ``_resolve_quant_algo`` raises where their algorithms differ."""
 
 
 def excluded(name: str, patterns: Iterable[str]) -> bool:
@@ -81,7 +79,7 @@ def problems(
             found.append("quantized_layers are not the layers that the checkpoint holds packed")
         if unknown := sorted({algo for algo in listed.values() if algo not in MIXED}):
             found.append(f"{', '.join(unknown)} cannot stand in a mix")
-    else:
+    else:  # `ModelOptQuantConfigBase.get_quant_method`
         if tower := [name for name in quantized if any(word in name for word in TOWERS)]:
             found.append(
                 f"{_some(tower)}: of one algorithm alone, vLLM reads a vision tower as unquantized"

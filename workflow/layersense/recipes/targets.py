@@ -123,7 +123,8 @@ W4A8_AWQ = "W4A8_AWQ_BETA_ALL_LAYERS_CFG"
 _QKV = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
 _CACHES = tuple(KV_CACHES)
-_TOWERS = ("visual", "vision_tower", "vision_model")
+TOWERS = ("visual", "vision_tower", "vision_model")
+"""Names by which runtimes know a vision tower."""
 
 TARGETS: Mapping[str, Runtime] = {
     "vllm": Runtime(
@@ -132,9 +133,10 @@ TARGETS: Mapping[str, Runtime] = {
             # A mix is `MIXED_PRECISION`; a layer of an algorithm that it does not know would be
             # taken for unquantized.
             Together(
-                (FP8, NVFP4, W4A16_NVFP4, MXFP8),
+                (FP8, NVFP4, W4A16_NVFP4),
                 f"{VLLM}, ModelOptMixedPrecisionConfig.get_quant_method",
             ),
+            Together((MXFP8,), f"{VLLM}, QUANT_ALGOS"),
             Together((FP8_PER_CHANNEL,), f"{VLLM}, QUANT_ALGOS"),
             Together((FP8_BLOCKS,), f"{VLLM}, QUANT_ALGOS"),
         ),
@@ -170,7 +172,7 @@ TARGETS: Mapping[str, Runtime] = {
                 "vision towers",
                 (),
                 f"{VLLM}, get_quant_method: unquantized by name, except in a mix",
-                words=_TOWERS,
+                words=TOWERS,
             ),
             Restricted(
                 "routers",
@@ -206,7 +208,7 @@ TARGETS: Mapping[str, Runtime] = {
                 f"{TENSORRT_LLM}/modules/linear.py: linear layers alone",
                 types=("Conv",),
             ),
-            Restricted("vision towers", (), MODELOPT, words=_TOWERS),
+            Restricted("vision towers", (), MODELOPT, words=TOWERS),
             Restricted("routers", (), MODELOPT, routers=True),
             Restricted(
                 "the output head",
