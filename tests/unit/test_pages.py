@@ -468,6 +468,9 @@ def test_index_shows_and_compares(tmp_path, render_index):
     assert data["pairs"]["0-2"]["changed"] == []
     assert data["pairs"]["0-1"]["changed_count"] > 0
     assert "3 reports of 2 runs on 1 model" in page.text
+    (columns,) = data["table"]["arguments"]["columnDefs"]
+    hidden = [data["table"]["columns"][index] for index in columns["targets"]]
+    assert hidden == ["Asked", "Model", "Data", "Method"]  # the same in every row
 
 
 def test_findings_travel_in_the_table_alone(tmp_path, render):

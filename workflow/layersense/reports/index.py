@@ -154,7 +154,9 @@ def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "Method": [row["method"] or "–" for row in rows],
         "Asked": [f"{bits(row['effective_bits_asked'])} bits" for row in rows],
     }  # fmt: skip
-    return data_table(columns, hidden=["Asked"], order=[], page=100)
+    # What is the same everywhere needs no column on the screen; search and copy have it.
+    same = [name for name in ("Model", "Data", "Method") if len(set(columns[name])) == 1]
+    return data_table(columns, hidden=["Asked", *same], order=[], page=100)
 
 
 def _saved(row: dict[str, Any]) -> float | None:
