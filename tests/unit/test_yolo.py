@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 if find_spec("ultralytics") is None:
     pytest.skip(
@@ -24,7 +25,7 @@ from layersense.errors import LayersenseError  # noqa: E402
 from layersense.models.checkpoints import read_checkpoint  # noqa: E402
 from layersense.models.resolve import resolve_model  # noqa: E402
 from layersense.models.tasks import get_task  # noqa: E402
-from layersense.models.yolo import describe, save_checkpoint  # noqa: E402
+from layersense.models.yolo import describe, import_ultralytics, save_checkpoint  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,11 @@ def settings(file: Path, trusted: bool) -> dict[str, Any]:
         "source": "checkpoint", "checkpoint": str(file), "task": "object-detection",
         "revision": None, "trust_remote_code": trusted,
     }  # fmt: skip
+
+
+def test_pillow_stays_as_it_is() -> None:
+    import_ultralytics()
+    assert Image.open.__module__ == "PIL.Image"
 
 
 def test_a_pickle_becomes_a_checkpoint_of_safetensors(

@@ -98,6 +98,7 @@ def fabricate(repository: Path) -> None:
     from layersense.recipes.decide import solve_scheme
     from layersense.recipes.frontier import write_frontier
     from layersense.recipes.quant_config import write_quant_config
+    from layersense.recipes.recipe_yaml import write_recipe
     from layersense.scoring.scores import write_scores
     from layersense.validation import load_config
 
@@ -127,6 +128,7 @@ def fabricate(repository: Path) -> None:
             write_layers(manifest, table)
             write_frontier(manifest, paths.frontier(run, scheme))
             write_quant_config(manifest, paths.quant_config(run, scheme))
+            write_recipe(manifest, paths.recipe_yaml(run, scheme))
             manifests.append(manifest)
             tables.append(table)
             pages += [paths.report_markdown(run, scheme), paths.report_page(run, scheme)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from layersense.errors import LayersenseError
@@ -214,7 +215,7 @@ def import_ultralytics() -> None:
     """
     for key, value in _SETTINGS.items():
         os.environ.setdefault(key, value)
-    threads = os.environ.get("OMP_NUM_THREADS")
+    threads, open_image = os.environ.get("OMP_NUM_THREADS"), Image.open
     try:
         import ultralytics.nn.tasks  # noqa: F401
     except ImportError as error:
@@ -225,3 +226,5 @@ def import_ultralytics() -> None:
     finally:
         if threads is None:
             os.environ.pop("OMP_NUM_THREADS", None)
+        # ultralytics puts one in its place that asks for a package where a file is no image.
+        Image.open = open_image
