@@ -12,7 +12,7 @@ from layersense.reports.measured import Rows
 
 WIDTH = 900
 """Of a figure, in pixels."""
-SCALE = 2
+SCALE = 1.5
 """Pixels of a PNG for each of the figure."""
 
 
