@@ -318,6 +318,7 @@ def test_jobs_that_start_together_fetch_each_file_once(folder: Path, tmp_path: P
             "HF_HOME": str(tmp_path / "home"),
             "HF_ENDPOINT": address,
             "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",  # which a command run by an earlier test may have set
         }
         jobs = [
             subprocess.Popen(

@@ -509,6 +509,7 @@ def test_a_hub_that_fails(unscored: Project, undisturbed: Project, tmp_path: Pat
         "HF_HUB_ETAG_TIMEOUT": "1",
         "HF_HUB_DOWNLOAD_TIMEOUT": "1",
         "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",  # which a command run by an earlier test may have set
     }
     for behaviour, expected in (
         ("silent", "the hub cannot be reached"),
