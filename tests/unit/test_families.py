@@ -69,16 +69,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = families.seeded(
-                getattr(families, name), tmp_path_factory.mktemp(name.replace("_", "-"))
-            )
-        return made[name]
-
-    return make
+    return families.builder(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

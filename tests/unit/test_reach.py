@@ -32,15 +32,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name.replace("_", "-"))
-            made[name] = families.seeded(getattr(families, name), folder)
-        return made[name]
-
-    return make
+    return families.builder(tmp_path_factory)
 
 
 def prepared(shared: Path, folder: Path, task: str, **run: Any) -> Any:

@@ -1,5 +1,7 @@
 """A tiny model of each family, of random weights, saved like a real checkpoint."""
 
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -275,6 +277,16 @@ def deeplab(folder: Path) -> Path:
     model = get_model(name, weights=None, weights_backbone=None, num_classes=81)
     names = ["__background__", *CATEGORIES]
     return save_checkpoint(name, enliven(model), folder, categories=names, size=96, num_classes=81)
+
+
+def builder(folders: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that gives the folder of a family's checkpoint, made once."""
+
+    @cache
+    def make(name: str) -> Path:
+        return seeded(globals()[name], folders.mktemp(name.replace("_", "-")))
+
+    return make
 
 
 def seeded(make: Any, folder: Path, **arguments: Any) -> Path:

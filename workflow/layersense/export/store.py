@@ -5,8 +5,7 @@ from typing import Any
 
 import msgspec
 
-from layersense.errors import LayersenseError
-from layersense.files import atomic_write
+from layersense.files import read_record, write_record
 
 EXPORT_VERSION = 1
 """Raised when what is written for the same recipe changes, which writes it again."""
@@ -115,25 +114,11 @@ def read_exported(path: str | Path) -> Exported:
     Raises:
         LayersenseError: it is missing, or none of this version.
     """
-    try:
-        content = msgspec.json.decode(Path(path).read_bytes(), type=Exported)
-    except OSError as error:
-        raise LayersenseError(
-            f"{path}: cannot be read ({error.strerror}); run `snakemake export`"
-        ) from error
-    except msgspec.MsgspecError as error:
-        raise LayersenseError(
-            f"{path}: is no checkpoint.json of layersense ({error}); delete it and run "
-            "`snakemake export`"
-        ) from error
-    if content.schema_version != EXPORT_VERSION:
-        raise LayersenseError(
-            f"{path}: has schema version {content.schema_version}, this layersense reads "
-            f"{EXPORT_VERSION}; delete it and run `snakemake export`"
-        )
-    return content
+    return read_record(
+        path, Exported, EXPORT_VERSION, "checkpoint.json", "export", "run `snakemake export`"
+    )
 
 
 def write_exported(path: str | Path, content: Exported) -> None:
     """Write a ``checkpoint.json`` atomically."""
-    atomic_write(path, msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
+    write_record(path, content)

@@ -12,7 +12,7 @@ import msgspec
 from layersense import paths
 from layersense.config import DemoModel, Model
 from layersense.errors import LayersenseError
-from layersense.files import atomic_write, digest_file, digest_json
+from layersense.files import digest_file, digest_json, write_record
 from layersense.models.outside import is_outside
 
 _DTYPES = {
@@ -255,7 +255,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write ``results/models/{model}/model.json`` atomically."""
-    atomic_write(path, msgspec.json.format(msgspec.json.encode(checkpoint), indent=1) + b"\n")
+    write_record(path, checkpoint)
 
 
 def is_pickle(checkpoint: str) -> bool:

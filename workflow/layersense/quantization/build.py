@@ -25,7 +25,7 @@ from modelopt.torch.quantization import extensions as modelopt_extensions
 from torch.utils import cpp_extension
 
 from layersense.errors import LayersenseError
-from layersense.files import atomic_write, exclusive
+from layersense.files import exclusive, write_record
 from layersense.quantization.extensions import EXTENSIONS, Built, read_built, sentence
 from layersense.quantization.modelopt_formats import has_triton_nvfp4
 
@@ -147,7 +147,7 @@ def _ensure(extension: str, cache: Path, *, again: bool = False) -> tuple[Built,
                         )
         logger.info("%s: building the extension for %s, about a minute", key, EXTENSIONS[extension])
         built, module = _build(extension, folder, key)
-        atomic_write(record, msgspec.json.format(msgspec.json.encode(built), indent=1) + b"\n")
+        write_record(record, built)
     return built, module
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from layersense.errors import LayersenseError
-from layersense.files import atomic_write
+from layersense.files import read_record, write_record
 from layersense.manifests.read import read_own_manifest
 from layersense.manifests.schema import Manifest, plain_name
 from layersense.quantization.formats import NONE, Attributes, Format, format_from_settings
@@ -220,8 +220,7 @@ def write_quant_config(manifest: str | Path, out: str | Path) -> None:
     Raises:
         LayersenseError: the manifest cannot be read, or is none of layersense's own.
     """
-    content = quant_config(read_own_manifest(manifest))
-    atomic_write(out, msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
+    write_record(out, quant_config(read_own_manifest(manifest)))
 
 
 def read_quant_config(path: str | Path) -> QuantConfig:
@@ -230,23 +229,14 @@ def read_quant_config(path: str | Path) -> QuantConfig:
     Raises:
         LayersenseError: it is missing, or none of this version.
     """
-    try:
-        config = msgspec.json.decode(Path(path).read_bytes(), type=QuantConfig)
-    except OSError as error:
-        raise LayersenseError(
-            f"{path}: cannot be read ({error.strerror}); run `snakemake recipes`"
-        ) from error
-    except msgspec.MsgspecError as error:
-        raise LayersenseError(
-            f"{path}: is no quant_config.json of layersense ({error}); delete it and run "
-            "`snakemake recipes`"
-        ) from error
-    if config.schema_version != QUANT_CONFIG_VERSION:
-        raise LayersenseError(
-            f"{path}: schema_version is {config.schema_version}, this layersense reads "
-            f"{QUANT_CONFIG_VERSION}; delete it and run `snakemake recipes`"
-        )
-    return config
+    return read_record(
+        path,
+        QuantConfig,
+        QUANT_CONFIG_VERSION,
+        "quant_config.json",
+        "recipes",
+        "run `snakemake recipes`",
+    )
 
 
 def _entries(module: str, format: Format, *, fused: bool) -> list[Entry]:

@@ -5,7 +5,6 @@ launches them one by one is most of the time of a step. The first batch of a sha
 the second records them, the others replay the record.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-logger = logging.getLogger(__name__)
 
 LARGEST = 2**26
 """Elements of an input or output above which launches cost little beside the work."""
