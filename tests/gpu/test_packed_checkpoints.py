@@ -40,7 +40,7 @@ def choose(shop: Any, *formats: str, tower: bool = True) -> None:
     def pick(number: int, handle: str) -> int:
         group = shop.manifest.layer_sensitivity[handle]
         names = [label.partition("(")[0] for label in group.formats]
-        skipped = not tower and group.subsystem == "vision"
+        skipped = not tower and group.subsystem != "language"
         return names.index("NONE" if skipped else formats[number % len(formats)])
 
     shop.choose(pick)

@@ -2,6 +2,7 @@
 
 import itertools
 from fractions import Fraction
+from math import fsum
 
 import numpy as np
 import pytest
@@ -115,6 +116,39 @@ def test_dynamic_programming_agrees(seed, level):
     expected = dynamic_programming(problem, budget, 4096)
     assert solution.score == pytest.approx(expected, rel=1e-9)
     assert solution.lower_bound <= expected * (1 + 1e-9)
+
+
+def alike_problem(seed, n_groups, largest):
+    """Layers that differ little and a large one, under pairs of which many cost the same."""
+    random = np.random.default_rng(seed)
+    weights = random.choice([1.0, 3.0, 5.0, 20.0], size=n_groups)
+    weights[-1] = largest
+    bits = np.repeat([33.0, 36.0, 64.0, 128.0], [5, 5, 10, 1])
+    pairs = 10 ** random.uniform(-1, 1, size=21) * 4.0 ** (-bits / 8)
+    pairs[-1] = 0
+    noise = random.normal(1, 0.03, size=(n_groups, 21))
+    return Problem(weights[:, None] * pairs * noise, weights[:, None] * bits)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_branch_and_bound_goes_on_where_layers_are_alike(seed, monkeypatch):
+    problem = alike_problem(seed, 60, 240.0)
+    low, high = fsum(problem.costs.min(axis=1)), fsum(problem.costs.max(axis=1))
+    monkeypatch.setattr(solver, "MAX_CORE_GROUPS", 8)
+    gaps = []
+    for level in np.linspace(0.05, 0.6, 12):
+        budget = float(np.floor(low + level * (high - low)))
+        solution = solve(problem, budget)
+        expected = dynamic_programming(problem, budget, 1)
+        assert type(solution.lower_bound) is float
+        assert problem.costs[np.arange(60), solution.choice].sum() <= budget
+        assert expected * (1 - 1e-9) <= solution.score <= expected * (1 + 1e-3)
+        assert solution.lower_bound <= expected * (1 + 1e-9)
+        with monkeypatch.context() as patch:
+            patch.setattr(solver, "MAX_BRANCHED_OPTIONS", 0)
+            gaps.append((solve(problem, budget).gap, solution.gap))
+    assert all(after <= before for before, after in gaps)
+    assert sum(before > 1e-3 for before, _ in gaps) > sum(after > 1e-3 for _, after in gaps) == 0
 
 
 @pytest.mark.parametrize("objective", ["sum", "max"])

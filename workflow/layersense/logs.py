@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 VARIABLE = "LAYERSENSE_LOG"
 _SLURM = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURMD_NODENAME")
-_EXTRA = ("phase", "format", "phase_seconds", "phase_memory_mb")
+_EXTRA = ("phase", "formats", "phase_seconds", "phase_memory_mb")
 """Attributes of a log record that go into its JSON line: ``logger.info(…, extra={…})``."""
 
 

@@ -45,6 +45,8 @@ from layersense.verification.store import Verification, read_verification
 logger = logging.getLogger(__name__)
 
 PART, OLD = ".checkpoint.part", ".checkpoint.old"
+NAMED = 3
+"""Groups left unquantized that the log names; the card names all."""
 """Folders of a checkpoint in the making, and of one about to be deleted."""
 MOST_HELDOUT = 64
 """Held-out images that an ONNX file is compared on."""
@@ -199,8 +201,10 @@ def _export(
         seconds["load"] = time.monotonic() - start
         start = time.monotonic()
         plan = make_plan(manifest, write.weight_shapes(loaded.model, manifest))
-        for reason in plan.kept.values():
+        for reason in list(plan.kept.values())[:NAMED]:
             logger.warning("stays unquantized: %s", reason)
+        if more := max(0, len(plan.kept) - NAMED):
+            logger.warning("%d more groups stay unquantized: %s names them", more, CARD)
         if not plan.written:
             raise LayersenseError(
                 f"{manifest.run_name}, {manifest.scheme.name}: nothing of the recipe can be "

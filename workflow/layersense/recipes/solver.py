@@ -11,8 +11,11 @@ This is the multiple-choice knapsack problem. It is solved in two steps:
    better choice. The few that remain are combined by dynamic programming over undominated
    (cost, score) states. Whatever has to be dropped to keep this small lowers the reported bound, so
    that the gap is proven whatever happens.
+3. *Branch and bound.* Where so many groups are alike that too much had to be dropped, HiGHS (by
+   ``scipy.optimize.milp``) goes on with the options that are left.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum
@@ -32,6 +35,13 @@ MAX_CORE_GROUPS = 256
 """Groups near the cut that are combined exactly; the others keep the bound's option."""
 MAX_STATES = 20_000
 """Partial choices kept while they are combined."""
+WANTED_GAP = 1e-4
+"""Gap beyond which branch and bound goes on."""
+MAX_BRANCHED_OPTIONS = 20_000
+MAX_NODES = 200
+"""Limits of branch and bound: counts, as a limit of time would give another answer each time."""
+MILP_TOLERANCE = 2e-6
+"""Twice HiGHS' own tolerances."""
 
 
 @dataclass(frozen=True)
@@ -282,7 +292,10 @@ def _solve_sum(problem: Problem, budget: float) -> Solution:
     better, core_bound = _improve(problem, choice, excess, price, limit, bound, known)
     if better is not None and _total(problem.scores, better) < known:
         greedy = better
-    return _solution(problem, greedy, core_bound, price)
+    found = _solution(problem, greedy, core_bound, price)
+    if found.gap > WANTED_GAP:
+        found = _branch(problem, excess, limit, bound, found)
+    return found
 
 
 def _lagrangian(problem: Problem, price: float, budget: float) -> tuple[float, Floats]:
@@ -290,7 +303,7 @@ def _lagrangian(problem: Problem, price: float, budget: float) -> tuple[float, F
     # Padding costs infinitely much, and nothing times that is no number.
     priced = problem.scores + price * problem.costs if price else problem.scores
     least = priced.min(axis=1)
-    rounding = 4 * np.finfo(float).eps * (fsum(np.abs(least)) + price * budget)
+    rounding = 4 * sys.float_info.epsilon * (fsum(np.abs(least)) + price * budget)
     bound = fsum(least) - price * budget - rounding
     return max(bound, fsum(problem.scores.min(axis=1))), priced - least[:, None]
 
@@ -389,6 +402,65 @@ def _improve(
             score = _total(problem.scores, choice)
             return choice, min(proven, score)
     return None, min(proven, bound)
+
+
+def _branch(
+    problem: Problem, excess: Floats, limit: float, bound: float, known: Solution
+) -> Solution:
+    """Return a better solution or a better proof for ``known``, by branch and bound.
+
+    What a choice costs over the bound is the excess of its options and the price of what it leaves
+    of the budget; in units of the room that is left, so that HiGHS' tolerances are relative to it.
+    """
+    from scipy import optimize, sparse
+
+    room = known.score - bound
+    groups, options = np.nonzero((excess <= room) & _worthwhile(problem))
+    if len(groups) > MAX_BRANCHED_OPTIONS:
+        return known
+    count = len(groups)
+    unit = float(problem.costs[groups, options].max())
+    one_each = sparse.csr_array(
+        (np.ones(count), (groups, np.arange(count))), (len(excess), count + 1)
+    )
+    spent = sparse.csr_array(np.append(problem.costs[groups, options] / unit, 1.0)[None, :])
+    best, proven_bound = known, known.lower_bound
+    # A choice may be over the budget by the tolerance: then once more, with less of it.
+    for budget in (limit / unit, limit / unit - MILP_TOLERANCE):
+        found = optimize.milp(
+            np.append(excess[groups, options], known.price * unit) / room,
+            constraints=[
+                optimize.LinearConstraint(one_each, 1.0, 1.0),
+                optimize.LinearConstraint(spent, budget, budget),
+            ],
+            integrality=np.append(np.ones(count), 0.0),
+            bounds=optimize.Bounds(0.0, np.append(np.ones(count), np.inf)),
+            options={"node_limit": MAX_NODES, "mip_rel_gap": WANTED_GAP},
+        )
+        if budget == limit / unit and found.mip_dual_bound is not None:
+            proven_bound = max(proven_bound, bound + room * (found.mip_dual_bound - MILP_TOLERANCE))
+        if found.x is None:
+            break
+        taken = found.x[:-1] > 0.5
+        choice = np.empty(len(excess), dtype=np.int64)
+        choice[groups[taken]] = options[taken]
+        if _total(problem.costs, choice) <= limit:
+            if _total(problem.scores, choice) < best.score:
+                best = _solution(problem, choice, proven_bound, known.price)
+            break
+    return proven(best.choice, best.score, best.cost, proven_bound, best.price)
+
+
+def _worthwhile(problem: Problem) -> npt.NDArray[np.bool_]:
+    """Tell of each option whether no other of its group costs no more and scores lower."""
+    order = np.lexsort((problem.scores, problem.costs), axis=1)
+    scores = np.take_along_axis(problem.scores, order, axis=1)
+    before = np.minimum.accumulate(scores, axis=1)
+    keep = np.ones_like(scores, dtype=np.bool_)
+    keep[:, 1:] = scores[:, 1:] < before[:, :-1]
+    found = np.empty_like(keep)
+    np.put_along_axis(found, order, keep, axis=1)
+    return found
 
 
 def _undominated(cost: Floats, score: Floats) -> Ints:

@@ -212,7 +212,7 @@ def _measure(
                 entry.settings = {**settings, "format": formats[name]}
                 if entry.kernel == "simulated":
                     entry.warnings += [why for why in map(sentence, built.values()) if why]
-                _log_phases(name, entry)
+            _log_phases(entries)
             measured = {**(held.formats if held else {}), **entries}
             held = Scores(
                 run=run,
@@ -337,21 +337,26 @@ def _forget_simulated(
             del held.formats[name]
 
 
-def _log_phases(name: str, entry: FormatScores) -> None:
-    """Put what a format took into the structured log, a line for each phase."""
-    for phase, seconds in entry.seconds.items():
-        logger.info(
-            "%s: %s took %.1f s",
-            name,
-            phase,
-            seconds,
-            extra={
-                "phase": phase,
-                "format": name,
-                "phase_seconds": seconds,
-                "phase_memory_mb": entry.peak_memory_bytes // 10**6,
-            },
-        )
+def _log_phases(entries: Mapping[str, FormatScores]) -> None:
+    """Put what a pass took into the structured log, a line for each phase."""
+    passes: dict[tuple[tuple[str, float], ...], list[str]] = {}
+    for name, entry in entries.items():
+        passes.setdefault(tuple(entry.seconds.items()), []).append(name)
+    for phases, names in passes.items():
+        together = ", ".join(names) if len(names) < 4 else f"{len(names)} formats"
+        for phase, seconds in phases:
+            logger.info(
+                "%s: %s took %.1f s",
+                together,
+                phase,
+                seconds,
+                extra={
+                    "phase": phase,
+                    "formats": names,
+                    "phase_seconds": seconds,
+                    "phase_memory_mb": entries[names[0]].peak_memory_bytes // 10**6,
+                },
+            )
 
 
 def _held(out: Path, partial: Path, digests: Mapping[str, str]) -> Scores | None:
