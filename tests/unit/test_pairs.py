@@ -160,3 +160,5 @@ def test_an_own_format_cannot_take_a_pairs_name() -> None:
 def test_the_example_holds_the_whole_grid(repository) -> None:
     config = yaml.safe_load((repository / "config/examples/grid-of-pairs.yaml").read_text())
     assert config["schemes"]["grid"]["quant_formats"] == list(grid_formats())
+    benchmark = yaml.safe_load((repository / "benchmarks/grid_of_pairs_3b.yaml").read_text())
+    assert benchmark["schemes"] == config["schemes"]
