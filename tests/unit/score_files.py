@@ -6,6 +6,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from layersense.quantization.formats import format_settings, known_formats
 from layersense.quantization.layers import describe_layer
 from layersense.scoring.scores import (
     Batches,
@@ -85,12 +86,13 @@ def make_format(
 ) -> FormatScores:
     """One format's entry."""
     bits, weight, act = FORMATS[name]
+    fp8 = known_formats()["FP8_ALL_LAYERS_CFG"]  # stands for those that a test makes up
     return FormatScores(
         digest=f"digest of {name}",
         settings={
             "dtype": "float32",
             "sampling": {"batch_size": 4, "seed": 0},
-            "format": {"name": name},
+            "format": format_settings(known_formats().get(name, fp8)),
         },
         effective_bits=bits,
         weight_format=weight,

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from layersense import config
 from layersense.errors import LayersenseError
 from layersense.manifests.schema import encode_manifest
-from layersense.recipes.decide import build_manifest, monotone, score_per_token, solve_scheme
+from layersense.quantization.formats import format_settings, resolve_format
+from layersense.recipes.decide import (
+    Precision,
+    build_manifest,
+    monotone,
+    score_per_token,
+    solve_scheme,
+)
 from layersense.scoring.scores import write_scores
 
 FP8, INT8, INT4 = sf.FORMATS
@@ -61,16 +68,31 @@ def test_one_batch_has_no_error_and_a_lost_batch_no_score():
 
 
 def test_solver_scores_never_rise_with_the_bits():
-    assert monotone([4.0, 5.0, 3.0, 0.0]) == [4.0, 4.0, 3.0, 0.0]
-    assert monotone([None, 5.0, 6.0, 0.0]) == [None, 5.0, 5.0, 0.0]
+    rising = [Precision(bits, 8, "FP8") for bits in (4.0, 6.0, 8.0)] + [Precision(16.0, 16, None)]
+    assert monotone([4.0, 5.0, 3.0, 0.0], rising) == [4.0, 4.0, 3.0, 0.0]
+    assert monotone([None, 5.0, 6.0, 0.0], rising) == [None, 5.0, 5.0, 0.0]
     scores = sf.make_scores()
-    # FP8 made worse than INT4: the solver sees INT4's score for it, the table what was measured.
+    # W8A8 made worse than W4A8: the solver sees W4A8's score for it, the table what was measured.
+    # That of W4A16 stands for no W8A8.
     for group in scores.formats[FP8].groups.values():
         group.batch_scores = [value * 100 for value in group.batch_scores]
     group = decide(scores, quant_formats=[FP8, INT4]).layer_sensitivity["lm_head.quant_recipe"]
     assert [label.split("(")[0] for label in group.formats] == [INT4, FP8, "NONE"]
+    assert group.scores == group.scores_solver == pytest.approx([16.08, 201.0, 0.0])
+    narrow = format_settings(resolve_format("W4A8_INT4_FP8", {}))
+    scores.formats[INT4].settings["format"] = narrow
+    group = decide(scores, quant_formats=[FP8, INT4]).layer_sensitivity["lm_head.quant_recipe"]
     assert group.scores == pytest.approx([16.08, 201.0, 0.0])
     assert group.scores_solver == pytest.approx([16.08, 16.08, 0.0])
+
+
+def test_narrower_activations_are_not_clamped_by_finer_ones():
+    names = ("W4A16_INT4", "W4A4_INT4_INT4", "W8A4_INT8_FP4", "W8A4_INT8_INT4", "W8A8_INT8_INT8")
+    precisions = [Precision.of(resolve_format(name, {})) for name in names]
+    scores = [1.0, 7.0, 3.0, 5.0, 0.5]
+    assert monotone(scores, precisions) == scores
+    # INT4 of a token is no coarser than FP4 of 16 values, and coarser than INT8.
+    assert monotone([1.0, 4.0, 5.0, 6.0, 8.0], precisions) == [1.0, 4.0, 5.0, 4.0, 4.0]
 
 
 def test_the_budget_counts_all_searched_weights():

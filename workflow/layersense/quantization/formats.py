@@ -196,6 +196,11 @@ def effective_bits(weight: Iterable[Mapping[str, Any]]) -> float:
     return min(_element_bits(stage) + _scale_bits(stage) for stage in weight)
 
 
+def activation_bits(format: Format) -> int:
+    """Return the bits of one activation as the layer computes with it; 16 if it is left alone."""
+    return min(map(_element_bits, format.input), default=16)
+
+
 def _element_bits(stage: Mapping[str, Any]) -> int:
     bits: int | list[int] = stage["num_bits"]
     return bits if isinstance(bits, int) else 1 + sum(bits)

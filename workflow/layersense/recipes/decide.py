@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import fsum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from layersense import config
 from layersense.errors import LayersenseError
@@ -26,7 +26,12 @@ from layersense.manifests.schema import (
     plain_name,
 )
 from layersense.quantization.extensions import RETRY
-from layersense.quantization.formats import NONE, format_from_settings
+from layersense.quantization.formats import (
+    NONE,
+    Format,
+    activation_bits,
+    format_from_settings,
+)
 from layersense.quantization.layers import is_router
 from layersense.recipes.budgets import Limit, budget_of
 from layersense.recipes.menu import Menu
@@ -151,7 +156,12 @@ def build_manifest(
         dict.fromkeys(measured),
         key=lambda name: (scores.formats[name].effective_bits, name),
     )
-    groups = {handle: _group(scores, handle, formats) for handle in scores.groups}
+    used = {
+        name: format_from_settings(name, scores.formats[name].settings["format"])
+        for name in formats
+    }
+    precisions = {name: Precision.of(format) for name, format in used.items()}
+    groups = {handle: _group(scores, handle, precisions) for handle in scores.groups}
     _keep(scores, groups, scheme)
     _limit_formats(scores, groups, scheme, where)
     sensitivity = {handle: _sensitivity(scores, handle, group) for handle, group in groups.items()}
@@ -164,10 +174,7 @@ def build_manifest(
         free = menu
         found = deployment(
             scheme.target,
-            {
-                name: format_from_settings(name, scores.formats[name].settings["format"])
-                for name in formats
-            },
+            used,
             {handle: group.module_names for handle, group in sensitivity.items()},
             {name: layer.module_type for name, layer in scores.layers.items()},
         )
@@ -251,24 +258,55 @@ def build_manifest(
     return manifest
 
 
-def monotone(scores: Sequence[float | None]) -> list[float | None]:
-    """Return scores as ModelOpt's solver sees them: none above that of a smaller format.
+class Precision(NamedTuple):
+    """How fine a format is."""
+
+    weight_bits: float
+    activation_bits: int
+    activation: object
+    """What is done to activations, in any form that compares."""
+
+    @classmethod
+    def of(cls, format: Format) -> "Precision":
+        """Return the precision of a format."""
+        return cls(format.effective_bits, activation_bits(format), format.input)
+
+    def is_coarser_than(self, other: "Precision") -> bool:
+        """Tell whether weights have fewer bits, and activations fewer or the very same."""
+        return self.weight_bits < other.weight_bits and (
+            self.activation_bits < other.activation_bits or self.activation == other.activation
+        )
+
+
+def monotone(scores: Sequence[float | None], precisions: Sequence[Precision]) -> list[float | None]:
+    """Return scores as the solver sees them: none above that of a coarser format.
 
     ``initialize_candidate_stats`` of ModelOpt takes ``min(score, previous)`` from the most
-    compressed format to ``NONE``. A score that is not finite is passed over.
+    compressed format to ``NONE``: in its formats weights and activations narrow together. Of pairs
+    that would take W4A16's score for W8A4's. What is not clamped costs more and scores more than
+    what would have clamped it, so that the choice stays the same.
+
+    Args:
+        scores: of the formats; one that is not finite is None, and is passed over.
+        precisions: of the same formats.
     """
-    lowest = float("inf")
-    result: list[float | None] = []
-    for score in scores:
-        lowest = lowest if score is None else min(score, lowest)
-        result.append(None if score is None else lowest)
-    return result
+    known = [
+        (score, precision)
+        for score, precision in zip(scores, precisions, strict=True)
+        if score is not None
+    ]
+    return [
+        None
+        if score is None
+        else min([score, *(other for other, coarse in known if coarse.is_coarser_than(own))])
+        for score, own in zip(scores, precisions, strict=True)
+    ]
 
 
-def _group(scores: Scores, handle: str, formats: Sequence[str]) -> _Group:
+def _group(scores: Scores, handle: str, precisions: Mapping[str, Precision]) -> _Group:
     measured = {
         name: scores.formats[name].groups[handle]
-        for name in formats
+        for name in precisions
         if handle in scores.formats[name].groups
     }
     values, errors = [], []
@@ -286,7 +324,10 @@ def _group(scores: Scores, handle: str, formats: Sequence[str]) -> _Group:
         formats=[*measured, NONE],
         bits=[*(scores.formats[name].effective_bits for name in measured), NONE_BITS],
         scores=[*values, 0.0],
-        solver=monotone([*values, 0.0]),
+        solver=monotone(
+            [*values, 0.0],
+            [*(precisions[name] for name in measured), Precision(NONE_BITS, 16, None)],
+        ),
         costs=[
             *(entry.cost for entry in measured.values()),
             float(scores.groups[handle].n_weights),
