@@ -1,10 +1,15 @@
 """Each finding, provoked from data; and none from sound data."""
 
+import ast
+from pathlib import Path
+
 import numpy as np
 import pytest
 import score_files as sf
 
+import layersense
 from layersense import config
+from layersense.manifests.codes import Code
 from layersense.manifests.findings import DETECTORS, Evidence, find
 from layersense.manifests.stability import ranking_stability
 from layersense.recipes.decide import build_manifest
@@ -309,3 +314,17 @@ def test_findings_say_what_why_and_how_to_fix_worst_first():
     for finding in manifest.findings:
         assert all(text.endswith(".") for text in (finding.what, finding.why, finding.fix))
     assert len(set(DETECTORS)) == len(DETECTORS)
+
+
+def test_every_code_is_in_use_and_none_is_made_up_beside_the_list():
+    folder = Path(layersense.__file__).parent
+    given = [
+        ast.unparse(keyword.value)
+        for file in folder.rglob("*.py")
+        for call in ast.walk(ast.parse(file.read_text()))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "Finding"
+        for keyword in call.keywords
+        if keyword.arg == "code"
+    ]
+    assert sorted(set(given)) == sorted(f"Code.{code.name}" for code in Code)
+    assert [code.name for code in Code] == [code.upper().replace("-", "_") for code in Code]

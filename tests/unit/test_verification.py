@@ -24,12 +24,25 @@ from layersense.recipes.decide import build_manifest
 from layersense.recipes.menu import Menu
 from layersense.scoring.in_progress import InProgress
 from layersense.verification import measure as module
-from layersense.verification.analysis import correlate, difference_interval, mean_with_interval
+from layersense.verification.analysis import (
+    Correlation,
+    Parts,
+    correlate,
+    difference_interval,
+    mean_with_interval,
+    repeatability,
+)
 from layersense.verification.measure import Measurer, kl_divergence, unit_sizes
 from layersense.verification.plan import Whole, make_plan, pick_groups
 from layersense.verification.replay import Calibration, Switchboard
 from layersense.verification.store import Completed
-from layersense.verification.table import SUMMARY_KEY, read_summary, verification_table
+from layersense.verification.table import (
+    SUMMARY_KEY,
+    _findings,
+    by_photograph,
+    read_summary,
+    verification_table,
+)
 
 FP8, INT8, INT4 = sf.FORMATS
 
@@ -303,6 +316,91 @@ def test_correlations_agree_with_scipy():
     assert found.spearman_low < found.spearman < found.spearman_high <= 1
     assert correlate(FP8, None, [1, 2, 3], [1, 2, 3]) is None
     assert correlate(FP8, None, [1.0] * 9, list(range(9))) is None
+
+
+def test_the_order_of_what_matters_is_told_apart_from_that_of_the_rest():
+    damages = [1e-9 * n for n in range(1, 11)] + [1.0, 2.0, 3.0, 4.0, 5.0]
+    scores = [1e-9 * n for n in range(10, 0, -1)] + [1.0, 2.0, 3.0, 4.0, 5.0]
+    found = correlate(FP8, None, scores, damages)
+    assert found.spearman < 0.9
+    assert (found.main_groups, found.spearman_main) == (5, pytest.approx(1.0))
+    assert found.ceiling is None
+    few = correlate(FP8, None, [1.0, 2.0, 3.0, 4.0, 5.0], [1e-9, 1e-9, 1e-9, 1e-9, 1.0])
+    assert (few.main_groups, few.spearman_main) == (1, None)
+
+
+def test_what_a_measurement_repeats_is_what_another_one_shows():
+    random = np.random.default_rng(0)
+    truth = random.normal(size=(60, 1))
+    weights = np.full(16, 2.0)
+
+    def measure():
+        return Parts(truth * 2 + random.normal(0, 5, (60, 16)), weights)
+
+    repeated = [repeatability(measure()) for _ in range(20)]
+    seen = []
+    for _ in range(200):
+        one, other = measure().sums.sum(axis=1), measure().sums.sum(axis=1)
+        seen.append(stats.spearmanr(one, other).statistic)
+    assert 0.5 < np.mean(seen) < 0.95
+    assert np.mean(repeated) == pytest.approx(np.mean(seen), abs=0.05)
+    # And a perfect score, measured without noise, shows the root of it.
+    perfect = [stats.spearmanr(truth[:, 0], measure().sums.sum(axis=1)).statistic for _ in seen]
+    assert np.mean(perfect) == pytest.approx(np.sqrt(np.mean(repeated)), abs=0.05)
+    assert repeatability(Parts(np.ones((9, 8)), np.ones(8))) is None
+    assert repeatability(Parts(truth[:, :1] * np.ones(3), np.ones(3))) is None
+    assert repeatability(Parts(truth * np.ones(8), np.ones(8))) == pytest.approx(1.0)
+    assert repeatability(Parts(np.full((9, 8), np.nan), np.ones(8))) is None
+
+
+def test_a_low_correlation_says_whether_more_rows_would_settle_it():
+    def finding(**keys):
+        base = {"format": FP8, "subsystem": None, "groups": 36, "spearman": 0.8, "kendall": 0.6}
+        bounds = {
+            f"{name}_{end}": 0.7 for name in ("spearman", "kendall") for end in ("low", "high")
+        }
+        given = {"main_groups": 20, "spearman_main": 0.8, **base, **bounds, **keys}
+        (found,) = _findings([Correlation(**given)])
+        assert (found.code, found.formats) == ("score-predicts-badly", [FP8])
+        return found
+
+    harmless = finding(spearman_main=0.96)
+    assert harmless.severity == "info"
+    assert "ρ = 0.96 over the 20 of them that do 99.9 % of the damage" in harmless.what
+    assert finding().severity == "warning"
+    noisy = finding(score_repeats=0.9, damage_repeats=0.49)
+    assert "would show 0.66: too few rows" in noisy.why
+    assert noisy.fix.startswith("Verify on more rows")
+    assert finding(score_repeats=0.49, damage_repeats=0.9).fix.startswith("Score more rows")
+    wrong = finding(score_repeats=0.98, damage_repeats=0.98)
+    assert "not for want of rows" in wrong.why
+
+
+def test_units_of_one_photograph_are_drawn_together():
+    manifest = decide()
+    alone = measured([manifest], OPTIONS)
+    together = measured([manifest], OPTIONS)
+    together.before.photographs = [7, 3, 7, 3]
+    joined = by_photograph(together)
+    before, after = alone.before, joined.before
+    assert before.positions == [3, 5, 4, 8]
+    assert (after.positions, after.correct, after.photographs) == ([7, 13], [4, 6], [7, 3])
+    kl = alone.singles[FP8]["lm_head.quant_recipe"].damage.kl
+    assert joined.singles[FP8]["lm_head.quant_recipe"].damage.kl == pytest.approx(
+        [kl[0] + kl[2], kl[1] + kl[3]]
+    )
+    tables = [verification_table([manifest], found, OPTIONS) for found in (alone, together)]
+    one, other = (
+        next(row for row in table.to_pylist() if row["label"] == f"lm_head under {FP8}")
+        for table in tables
+    )
+    same = ("kl", "loss", "top1_agreement", "top1_accuracy")
+    assert [one[name] for name in same] == pytest.approx([other[name] for name in same])
+    ends = mean_with_interval([kl[0] + kl[2], kl[1] + kl[3]], [7, 13])
+    assert (other["kl"], other["kl_low"], other["kl_high"]) == pytest.approx(ends)
+    assert [read_summary_of(table).photographs for table in tables] == [None, 2]
+    together.singles[FP8]["lm_head.quant_recipe"].damage.kl[2] = None
+    assert by_photograph(together).singles[FP8]["lm_head.quant_recipe"].damage.kl[0] is None
 
 
 # --- the table ---

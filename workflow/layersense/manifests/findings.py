@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from layersense.manifests.codes import Code
 from layersense.manifests.schema import SUFFIX, Finding, LayerSensitivity, Manifest, plain_name
 from layersense.manifests.stability import Stability, ranking_stability
 from layersense.quantization.extensions import RETRY
@@ -71,7 +72,7 @@ def not_finite(evidence: Evidence) -> Iterator[Finding]:
     if handles:
         names = _formats_where(evidence, handles, lambda score: score is None)
         yield Finding(
-            code="score-not-finite",
+            code=Code.SCORE_NOT_FINITE,
             severity="error",
             what=f"{_count(handles, 'group')} scored NaN or infinity under {_and(names)}, "
             "and left unquantized for that.",
@@ -80,6 +81,7 @@ def not_finite(evidence: Evidence) -> Iterator[Finding]:
             fix="Score in bfloat16 or float32 (dtype of the run), and check these layers' weights "
             "for NaN.",
             layers=_strip(handles),
+            formats=names,
         )
 
 
@@ -94,7 +96,7 @@ def clamped(evidence: Evidence) -> Iterator[Finding]:
     ]
     if handles:
         yield Finding(
-            code="score-clamped",
+            code=Code.SCORE_CLAMPED,
             severity="error",
             what=f"{_count(handles, 'group')} reached a score of 1e20 or more in one batch, where "
             "ModelOpt cuts off.",
@@ -121,13 +123,14 @@ def other_settings(evidence: Evidence) -> Iterator[Finding]:
             changes.append(("; ".join(paths[:MAX_REASONS]) + more, name))
     for change, names in _grouped(changes).items():
         yield Finding(
-            code="measured-with-other-settings",
+            code=Code.MEASURED_WITH_OTHER_SETTINGS,
             severity="warning",
             what=f"{_and(names)}: measured under other settings than the config asks for: "
             f"{change}.",
             why="The results are frozen (frozen: true), so nothing is measured again.",
             fix="Trust these scores only for the settings they were measured under, or run "
             "without frozen to measure again.",
+            formats=list(names),
         )
 
 
@@ -139,11 +142,12 @@ def left_out(evidence: Evidence) -> Iterator[Finding]:
         if name in evidence.scores.left_out
     ).items():
         yield Finding(
-            code="format-left-out",
+            code=Code.FORMAT_LEFT_OUT,
             severity="warning",
             what=f"{_and(names)}: not measured, and no part of the recipe.",
             why=f"{reason}, and ModelOpt has no other code for this format on a GPU.",
             fix=f"Mend what the compiler says (envs/cuda has nvcc and ninja), then run `{RETRY}`.",
+            formats=list(names),
         )
 
 
@@ -156,7 +160,7 @@ def subsystem_at_zero(evidence: Evidence) -> Iterator[Finding]:
             continue
         why, fix = _why_zero(evidence, subsystem, measured)
         yield Finding(
-            code="subsystem-at-zero",
+            code=Code.SUBSYSTEM_AT_ZERO,
             severity="warning",
             what=f"All {len(groups)} groups of the {subsystem} subsystem have a score of zero: "
             "this is no sign that they can be quantized.",
@@ -182,7 +186,7 @@ def unreached(evidence: Evidence) -> Iterator[Finding]:
             if concerned:
                 why, fix = _why_missed(reached)
                 yield Finding(
-                    code="unreached-groups",
+                    code=Code.UNREACHED_GROUPS,
                     severity="warning",
                     what=f"{_count(concerned, 'group')} of the {subsystem} subsystem: no score.",
                     why=why,
@@ -200,7 +204,7 @@ def unreached_experts(evidence: Evidence) -> Iterator[Finding]:
         named = ", ".join(map(str, missed[:MAX_EXPERTS]))
         more = f" and {len(missed) - MAX_EXPERTS} more" if len(missed) > MAX_EXPERTS else ""
         yield Finding(
-            code="unreached-experts",
+            code=Code.UNREACHED_EXPERTS,
             severity="warning",
             what=f"{len(missed)} of {group.n_experts} experts of {handle.removesuffix(SUFFIX)} "
             f"saw no scored token: {named}{more}.",
@@ -225,7 +229,7 @@ def measured_zero(evidence: Evidence) -> Iterator[Finding]:
     ]
     if handles:
         yield Finding(
-            code="zero-score",
+            code=Code.ZERO_SCORE,
             severity="warning",
             what=f"{_count(handles, 'group')} reached by the loss and still at exactly zero.",
             why="The layer's output does not change under quantization, or its gradient is zero: "
@@ -246,7 +250,7 @@ def never_searched(evidence: Evidence) -> Iterator[Finding]:
             1, sum(layer.n_weights for layer in evidence.scores.layers.values())
         )
         yield Finding(
-            code="never-searched",
+            code=Code.NEVER_SEARCHED,
             severity="info",
             what=f"{_count(names, 'layer')} with {share * 100:.1f} % of the weights: never "
             "searched.",
@@ -262,7 +266,7 @@ def back_offs(evidence: Evidence) -> Iterator[Finding]:
         (sentence, name) for name, entry in evidence.formats.items() for sentence in entry.back_offs
     ).items():
         yield Finding(
-            code="reduced-for-memory",
+            code=Code.REDUCED_FOR_MEMORY,
             severity="warning",
             what=f"While {_and(names)} was measured: {sentence.rstrip('.')}.",
             why="The device ran out of memory at what the config asks for.",
@@ -275,13 +279,14 @@ def simulated_kernels(evidence: Evidence) -> Iterator[Finding]:
     names = [name for name, entry in evidence.formats.items() if entry.kernel == "simulated"]
     if names:
         yield Finding(
-            code="simulated-kernel",
+            code=Code.SIMULATED_KERNEL,
             severity="warning",
             what=f"{_and(names)}: simulated with torch operations, not with ModelOpt's "
             "compiled CUDA extension.",
             why="The extension could not be built; it needs nvcc, a C++ compiler and ninja.",
             fix="The ranking is usually the same; for exact numbers install the cuda environment "
             f"(envs/) and run `{RETRY}`, which measures it again.",
+            formats=names,
         )
 
 
@@ -291,11 +296,12 @@ def engine_warnings(evidence: Evidence) -> Iterator[Finding]:
         (sentence, name) for name, entry in evidence.formats.items() for sentence in entry.warnings
     ).items():
         yield Finding(
-            code="engine-warning",
+            code=Code.ENGINE_WARNING,
             severity="info",
             what=f"While {_and(names)} was measured, a warning: {sentence.rstrip('.')}.",
             why="ModelOpt or the scoring engine said so; the scores were kept.",
             fix="Read the run's log under results/logs/ for what came before it.",
+            formats=list(names),
         )
 
 
@@ -309,7 +315,7 @@ def tied_weights(evidence: Evidence) -> Iterator[Finding]:
         if layer.group is None and (partner is None or partner.group is None):
             continue
         yield Finding(
-            code="tied-weights",
+            code=Code.TIED_WEIGHTS,
             severity="warning",
             what=f"{name} shares its weights with {layer.tied_to}.",
             why="The two are one tensor. A format for one of them breaks the tie, so the "
@@ -324,7 +330,7 @@ def high_padding(evidence: Evidence) -> Iterator[Finding]:
     shares = {name: entry.batches.padding_share for name, entry in evidence.formats.items()}
     if shares and max(shares.values()) > HIGH_PADDING:
         yield Finding(
-            code="high-padding",
+            code=Code.HIGH_PADDING,
             severity="warning",
             what=f"{max(shares.values()) * 100:.0f} % of all positions in the scoring batches "
             "are padding.",
@@ -345,7 +351,7 @@ def truncated(evidence: Evidence) -> Iterator[Finding]:
     )
     if cut:
         yield Finding(
-            code="truncated-texts",
+            code=Code.TRUNCATED_TEXTS,
             severity="warning" if cut > 0.1 * of else "info",
             what=f"{cut} of {of} texts were cut.",
             why="They are longer than max_length of the run.",
@@ -358,7 +364,7 @@ def few_batches(evidence: Evidence) -> Iterator[Finding]:
     fewest = min((len(entry.batches.tokens) for entry in evidence.formats.values()), default=2)
     if fewest < 2:
         yield Finding(
-            code="too-few-batches",
+            code=Code.TOO_FEW_BATCHES,
             severity="warning",
             what="The scores come from a single batch and have no standard error.",
             why="Doubt is estimated from how much batches differ.",
@@ -371,7 +377,7 @@ def noisy_ranking(evidence: Evidence) -> Iterator[Finding]:
     stability = evidence.stability
     if stability is not None and stability.other_set > UNSTABLE:
         yield Finding(
-            code="noisy-ranking",
+            code=Code.NOISY_RANKING,
             severity="warning",
             what=f"With other batches of the same data, the {len(stability.top)} most sensitive "
             f"groups would be others in {stability.other_set * 100:.0f} % of cases; "
@@ -387,7 +393,7 @@ def disagreeing_halves(evidence: Evidence) -> Iterator[Finding]:
     stability = evidence.stability
     if stability is not None and stability.halves:
         yield Finding(
-            code="halves-disagree",
+            code=Code.HALVES_DISAGREE,
             severity="info",
             what=f"Every other batch, and those between them, name other groups among the "
             f"{len(stability.top)} most sensitive: {len(stability.halves)} are in one list alone.",
@@ -414,7 +420,7 @@ def trained_on_calibration(evidence: Evidence) -> Iterator[Finding]:
     """The model has seen the rows that it is scored on."""
     if evidence.scores.model.trained_on_calibration:
         yield Finding(
-            code="trained-on-calibration",
+            code=Code.TRAINED_ON_CALIBRATION,
             severity="info",
             what="The model was trained on the rows that it is scored on.",
             why="It is the demo model, trained on both splits of the embedded sample so that its "
@@ -428,7 +434,7 @@ def remote_code(evidence: Evidence) -> Iterator[Finding]:
     model = evidence.scores.model
     if model.trust_remote_code:
         yield Finding(
-            code="remote-code",
+            code=Code.REMOTE_CODE,
             severity="warning",
             what=f"{model.id} ran Python code that came with the checkpoint.",
             why="trust_remote_code is set for this model.",
@@ -442,7 +448,7 @@ def unfinished_budget(evidence: Evidence) -> Iterator[Finding]:
     gap = evidence.manifest.autoquant_state.gap
     if gap > 1e-3:
         yield Finding(
-            code="unproven-choice",
+            code=Code.UNPROVEN_CHOICE,
             severity="info",
             what="A better choice within the budget may exist, by at most "
             f"{gap * 100:.1f} % of the score.",

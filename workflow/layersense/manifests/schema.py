@@ -167,13 +167,15 @@ class Finding(msgspec.Struct, kw_only=True):
     """A machine-detected gotcha."""
 
     code: str
-    """Stable identifier, such as ``subsystem-at-zero``."""
+    """Stable identifier, one of :class:`layersense.manifests.codes.Code`."""
     severity: Literal["error", "warning", "info"]
     what: str
     why: str
     fix: str
     layers: list[str] = []
     """The module names it concerns, suffix stripped."""
+    formats: list[str] = []
+    """The formats it concerns; empty where it concerns none in particular."""
 
 
 class FormatRun(msgspec.Struct, kw_only=True):

@@ -54,11 +54,10 @@ class Measured:
     @property
     def findings(self) -> list[Finding]:
         """Of the run, without those about formats that the scheme does not have."""
-        others = {entry.format for entry in self.summary.correlations} - set(self.formats)
         return [
             finding
             for finding in self.summary.findings
-            if not any(finding.what.startswith(f"Under {name} ") for name in others)
+            if not finding.formats or set(finding.formats) & set(self.formats)
         ]
 
     @property

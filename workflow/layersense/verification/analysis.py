@@ -1,6 +1,7 @@
 """What the held-out rows say of scores and recipes: means, intervals, correlations (no torch)."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -18,6 +19,12 @@ LEAST_CORRELATION = 0.9
 """Spearman below which a score is told not to predict damage."""
 LEAST_GROUPS = 5
 """Groups below which a correlation says nothing."""
+MAIN_DAMAGE = 0.999
+"""Share of the damage of all groups that the main ones do together."""
+HALVINGS = 100
+"""Random halvings of the rows by which a measurement is compared with itself."""
+LEAST_PARTS = 4
+"""Parts of the rows below which halves of them say nothing."""
 
 
 class Correlation(msgspec.Struct, kw_only=True):
@@ -33,6 +40,26 @@ class Correlation(msgspec.Struct, kw_only=True):
     kendall: float
     kendall_low: float
     kendall_high: float
+    main_groups: int
+    """The fewest groups that together do :data:`MAIN_DAMAGE` of the measured KL of all."""
+    spearman_main: float | None
+    """Spearman over these; None with fewer than :data:`LEAST_GROUPS`."""
+    score_repeats: float | None = None
+    """Spearman that two measurements of the scores on as many rows are expected to have; None where
+    their rows are too few to be halved."""
+    damage_repeats: float | None = None
+    """The same of the measured KL."""
+
+    @property
+    def ceiling(self) -> float | None:
+        """Spearman that a perfect score is expected to show through the noise of the rows.
+
+        √(score_repeats × damage_repeats): the correction for attenuation (Spearman, *The proof and
+        measurement of association between two things*, 1904), solved for what is seen.
+        """
+        if self.score_repeats is None or self.damage_repeats is None:
+            return None
+        return float(np.sqrt(self.score_repeats * self.damage_repeats))
 
 
 class Duel(msgspec.Struct, kw_only=True):
@@ -79,6 +106,17 @@ class Summary(msgspec.Struct, kw_only=True):
     heldout_samples: int
     positions: int
     exact_reuse: bool
+    photographs: int | None = None
+    """How many photographs the held-out samples are of; None where they are of none."""
+
+
+class Parts(NamedTuple):
+    """A measurement of layer groups, part by part of its rows."""
+
+    sums: Floats
+    """Shape (groups, parts)."""
+    weights: Floats
+    """Tokens or positions of each part, shape (parts,)."""
 
 
 def mean_with_interval(
@@ -123,17 +161,32 @@ def _resampled(values: Floats, weights: Floats) -> Floats:
 
 
 def correlate(
-    format: str, subsystem: str | None, scores: Sequence[float], damages: Sequence[float]
+    format: str,
+    subsystem: str | None,
+    scores: Sequence[float],
+    damages: Sequence[float],
+    score_parts: Parts | None = None,
+    damage_parts: Parts | None = None,
 ) -> Correlation | None:
     """Return the rank correlations with bootstrap intervals over the groups.
 
-    None with fewer than :data:`LEAST_GROUPS` groups, or where all values of one side are equal.
+    Args:
+        format: the format.
+        subsystem: whose groups they are; None for all.
+        scores: of each group.
+        damages: measured KL of each group.
+        score_parts: what the scores are made of, for their noise.
+        damage_parts: what the damages are made of.
+
+    Returns:
+        None with fewer than :data:`LEAST_GROUPS` groups, or where all values of one side are equal.
     """
     from scipy import stats  # here, because pages read results of it and import takes a second
 
     x, y = np.array(scores), np.array(damages)
     if len(x) < LEAST_GROUPS or len(np.unique(x)) < 2 or len(np.unique(y)) < 2:
         return None
+    main = _main(y)
     generator = np.random.default_rng(0)
     spearman, kendall = [], []
     for _ in range(RESAMPLES // 2):
@@ -153,7 +206,43 @@ def correlate(
         kendall=float(stats.kendalltau(x, y).statistic),
         kendall_low=float(kendall_low),
         kendall_high=float(kendall_high),
+        main_groups=len(main),
+        spearman_main=_spearman(x[main], y[main]) if len(main) >= LEAST_GROUPS else None,
+        score_repeats=score_parts and repeatability(score_parts),
+        damage_repeats=damage_parts and repeatability(damage_parts),
     )
+
+
+def repeatability(parts: Parts) -> float | None:
+    """Return the Spearman that two measurements on as many rows are expected to have, 0 to 1.
+
+    The mean r over random halvings of the parts, stretched from half the rows to all of them:
+    2r / (1 + r) (Spearman–Brown). None with fewer than :data:`LEAST_PARTS` parts or
+    :data:`LEAST_GROUPS` groups, or where the values of a half are all equal.
+    """
+    groups, count = parts.sums.shape
+    if count < LEAST_PARTS or groups < LEAST_GROUPS or not np.isfinite(parts.sums).all():
+        return None
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(HALVINGS):
+        order = generator.permutation(count)
+        one, other = (
+            parts.sums[:, half].sum(axis=1) / parts.weights[half].sum()
+            for half in (order[: count // 2], order[count // 2 :])
+        )
+        if len(np.unique(one)) < 2 or len(np.unique(other)) < 2:
+            return None
+        found.append(_spearman(one, other))
+    r = max(0.0, float(np.mean(found)))
+    return 2 * r / (1 + r)
+
+
+def _main(damages: Floats) -> npt.NDArray[np.int64]:
+    """Return the fewest indices whose damages are :data:`MAIN_DAMAGE` of all."""
+    order = np.argsort(-damages, kind="stable")
+    reached = np.cumsum(damages[order]) >= MAIN_DAMAGE * damages.sum()
+    return order[: int(reached.argmax()) + 1]
 
 
 def _spearman(x: Floats, y: Floats) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from layersense import config
-from layersense.calibration.database import open_database
+from layersense.calibration.database import Row, open_database
 from layersense.errors import LayersenseError
 from layersense.files import digest_json
 from layersense.manifests.read import read_own_manifest
@@ -203,9 +203,16 @@ def _merge(held: Verification | None, found: Verification, context: str) -> Veri
     for format, entries in found.singles.items():
         held.singles.setdefault(format, {}).update(entries)
     held.recipes.update(found.recipes)
+    held.before.photographs = found.before.photographs
     held.seconds, held.peak_memory_bytes = found.seconds, found.peak_memory_bytes
     held.environment, held.exact_reuse = found.environment, found.exact_reuse
     return held
+
+
+def _photographs(rows: Sequence[Row], units: int) -> list[int] | None:
+    """Return the photograph of each unit; None where units are no rows, or rows no photographs."""
+    found = [row.image_id for row in rows if row.image_id is not None]
+    return found if len(found) == len(rows) == units else None
 
 
 def _measure(
@@ -278,6 +285,7 @@ def _measure(
         measurer = Measurer(board, task, heldout, device, calibration.dtype)
         before, alone, whole = measurer.measure(singles, recipes, in_progress)
         seconds["measure"] = time.monotonic() - start
+        before.photographs = _photographs(heldout_rows, len(before.positions))
         for digest, damage in whole.items():
             damage.digest = wanted.recipe_digest(recipes[digest])
         entries: dict[str, dict[str, Single]] = {}

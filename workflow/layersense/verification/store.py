@@ -8,7 +8,7 @@ from layersense.files import read_record, write_record
 
 VERIFICATION_VERSION = 1
 """Raised when what is measured changes, which measures everything again."""
-VERIFICATION_TABLE_VERSION = 1
+VERIFICATION_TABLE_VERSION = 2
 """Raised when the table or its summary changes for the same measurements."""
 
 
@@ -57,6 +57,9 @@ class Before(msgspec.Struct, kw_only=True):
     """Of each batch, summed."""
     tokens: list[int]
     """Supervised tokens of each batch (samples, where there are none)."""
+    photographs: list[int] | None = None
+    """Number of each unit's photograph, where units are samples of photographs; several captions of
+    one photograph are no independent rows."""
 
 
 class Completed(msgspec.Struct, kw_only=True):

@@ -3,23 +3,27 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from msgspec import structs
 
 from layersense import config
 from layersense.errors import LayersenseError
 from layersense.files import atomic_path, canonical_json
+from layersense.manifests.codes import Code
 from layersense.manifests.read import read_own_manifest
 from layersense.manifests.schema import SUFFIX, Finding, LayerSensitivity, Manifest, plain_name
 from layersense.quantization.formats import NONE
 from layersense.verification.analysis import (
     LEAST_CORRELATION,
+    MAIN_DAMAGE,
     Correlation,
     Duel,
+    Parts,
     Summary,
     Verdict,
     correlate,
@@ -30,6 +34,7 @@ from layersense.verification.plan import CACHE, Planned, make_plan
 from layersense.verification.store import (
     VERIFICATION_TABLE_VERSION,
     Damage,
+    Single,
     Verification,
     read_verification,
 )
@@ -123,6 +128,59 @@ def read_summary(path: str | Path) -> Summary:
         ) from error
 
 
+class Pair(NamedTuple):
+    """Score and measured damage of one group under one format."""
+
+    subsystem: str
+    score: float
+    kl: float
+    batch_scores: Sequence[float | None]
+    """Summed, of each scoring batch."""
+    units: Sequence[float | None]
+    """Summed KL of each held-out unit."""
+
+
+def by_photograph(found: Verification) -> Verification:
+    """Return what was found with all units of one photograph as one.
+
+    Captions of one photograph are alike, so that intervals drawn from captions are too narrow.
+    """
+    numbers = found.before.photographs
+    if numbers is None:
+        return found
+    unit_of = {number: unit for unit, number in enumerate(dict.fromkeys(numbers))}
+    units = [unit_of[number] for number in numbers]
+
+    def joined(values: Sequence[Any]) -> list[Any]:
+        sums: list[Any] = [0] * len(unit_of)
+        for unit, value in zip(units, values, strict=True):
+            sums[unit] = None if value is None or sums[unit] is None else sums[unit] + value
+        return sums
+
+    def damage(of: Damage) -> Damage:
+        correct = None if of.correct is None else joined(of.correct)
+        return structs.replace(of, kl=joined(of.kl), agree=joined(of.agree), correct=correct)
+
+    before = found.before
+    return structs.replace(
+        found,
+        before=structs.replace(
+            before,
+            positions=joined(before.positions),
+            correct=None if before.correct is None else joined(before.correct),
+            photographs=list(unit_of),
+        ),
+        singles={
+            format: {handle: Single(damage=damage(one.damage)) for handle, one in entries.items()}
+            for format, entries in found.singles.items()
+        },
+        recipes={
+            digest: structs.replace(recipe, damage=damage(recipe.damage))
+            for digest, recipe in found.recipes.items()
+        },
+    )
+
+
 def verification_table(
     manifests: Sequence[Manifest], found: Verification, options: config.Verify
 ) -> pa.Table:
@@ -131,12 +189,13 @@ def verification_table(
     What is planned and not measured, as under ``frozen``, is left out, and a finding says so.
     """
     plan = make_plan(manifests, options)
+    found = by_photograph(found)
     run = found.run
     rows = [_row(found, None, run=run, kind="before", label="unquantized")]
     groups = _groups(manifests)
     missing: list[str] = []
     alone: dict[tuple[str, str], float] = {}
-    pairs: dict[str, list[tuple[str, float, float]]] = {}
+    pairs: dict[str, list[Pair]] = {}
     for format, handles in plan.singles.items():
         for handle in handles:
             single = found.singles.get(format, {}).get(handle)
@@ -166,7 +225,15 @@ def verification_table(
             rows.append(row)
             if row["kl"] is not None and score is not None:
                 alone[format, handle] = row["kl"]
-                pairs.setdefault(format, []).append((group.subsystem, score, row["kl"]))
+                pairs.setdefault(format, []).append(
+                    Pair(
+                        subsystem=group.subsystem,
+                        score=score,
+                        kl=row["kl"],
+                        batch_scores=group.batch_scores[_index(group, format)],
+                        units=single.damage.kl,
+                    )
+                )
     measured: dict[tuple[str, str], tuple[Planned, Damage, float | None]] = {}
     for planned in plan.recipes:
         entry = found.recipes.get(planned.digest)
@@ -193,7 +260,10 @@ def verification_table(
         measured[planned.scheme, planned.label] = (planned, entry.damage, row["kl"])
         if planned.role == "cache" and row["kl"] is not None:
             alone[planned.kv_cache, CACHE] = row["kl"]
-    correlations = list(_correlations(pairs))
+    tokens = {
+        name: entry.batches.tokens for manifest in manifests for name, entry in manifest.run.items()
+    }
+    correlations = list(_correlations(pairs, tokens, found.before.positions))
     duels = [
         duel
         for manifest in manifests
@@ -207,6 +277,7 @@ def verification_table(
         heldout_samples=found.heldout_samples,
         positions=sum(found.before.positions),
         exact_reuse=found.exact_reuse,
+        photographs=None if found.before.photographs is None else len(found.before.photographs),
     )
     table = pa.Table.from_pylist(
         [{name: row.get(name) for name in VERIFICATION.names} for row in rows],
@@ -266,17 +337,28 @@ def _sum_of_singles(planned: Planned, alone: Mapping[tuple[str, str], float]) ->
 
 
 def _correlations(
-    pairs: Mapping[str, Sequence[tuple[str, float, float]]],
+    pairs: Mapping[str, Sequence[Pair]],
+    tokens: Mapping[str, Sequence[int]],
+    positions: Sequence[int],
 ) -> Iterator[Correlation]:
     for format, entries in pairs.items():
-        subsystems: list[str | None] = [None, *dict.fromkeys(entry[0] for entry in entries)]
+        subsystems: list[str | None] = [None, *dict.fromkeys(entry.subsystem for entry in entries)]
         for subsystem in subsystems:
-            chosen = [entry for entry in entries if subsystem in (None, entry[0])]
+            chosen = [entry for entry in entries if subsystem in (None, entry.subsystem)]
             found = correlate(
-                format, subsystem, [entry[1] for entry in chosen], [entry[2] for entry in chosen]
+                format,
+                subsystem,
+                [entry.score for entry in chosen],
+                [entry.kl for entry in chosen],
+                _parts([entry.batch_scores for entry in chosen], tokens[format]),
+                _parts([entry.units for entry in chosen], positions),
             )
             if found is not None:
                 yield found
+
+
+def _parts(sums: Sequence[Sequence[float | None]], weights: Sequence[int]) -> Parts:
+    return Parts(np.array(sums, dtype=float), np.array(weights, dtype=float))
 
 
 def _duels(
@@ -350,23 +432,75 @@ def _verdict(
 def _findings(correlations: Sequence[Correlation]) -> Iterator[Finding]:
     for entry in correlations:
         if entry.subsystem is None and entry.spearman < LEAST_CORRELATION:
-            yield Finding(
-                code="score-predicts-badly",
-                severity="warning",
-                what=f"Under {entry.format} the order by score is the order by measured KL only "
-                f"with ρ = {entry.spearman:.2f} ({entry.spearman_low:.2f} to "
-                f"{entry.spearman_high:.2f}) over {entry.groups} groups.",
-                why="Few or unlike rows, damage below the noise of the arithmetic, or a score that "
-                "does not fit this model. On trained language models 0.96 to 0.99 are usual.",
-                fix="Score more rows (score_samples) of the kind that is deployed, verify on more "
-                "(heldout), and do not rely on this format's ranking until then.",
+            yield _predicts_badly(entry)
+
+
+def _predicts_badly(entry: Correlation) -> Finding:
+    """Say how badly a score orders its groups, and what is known of the cause."""
+    main, ceiling = entry.spearman_main, entry.ceiling
+    what = (
+        f"Under {entry.format} the order by score is the order by measured KL only with "
+        f"ρ = {entry.spearman:.2f} ({entry.spearman_low:.2f} to {entry.spearman_high:.2f}) over "
+        f"{entry.groups} groups"
+    )
+    if main is not None and main >= LEAST_CORRELATION:
+        return Finding(
+            code=Code.SCORE_PREDICTS_BADLY,
+            severity="info",
+            what=f"{what}, and with ρ = {main:.2f} over the {entry.main_groups} of them that do "
+            f"{MAIN_DAMAGE * 100:g} % of the damage.",
+            why="The order is lost among groups that hardly matter: all the others together do "
+            "less than a thousandth of the damage.",
+            fix="Nothing for the recipe; read no order into the small scores.",
+            formats=[entry.format],
+        )
+    why = (
+        "Few or unlike rows, damage below the noise of the arithmetic, or a score that does not "
+        "fit this model. On trained language models 0.96 to 0.99 are usual."
+    )
+    fix = (
+        "Score more rows (score_samples) of the kind that is deployed, verify on more (heldout), "
+        "and do not rely on this format's ranking until then."
+    )
+    if ceiling is not None:
+        assert entry.score_repeats is not None
+        assert entry.damage_repeats is not None
+        noise = (
+            f"On as many other rows the scores would repeat their order with ρ = "
+            f"{entry.score_repeats:.2f} and the damages with {entry.damage_repeats:.2f}, so that a "
+            f"perfect score would show {ceiling:.2f}"
+        )
+        if ceiling < LEAST_CORRELATION:
+            more = (
+                "Score more rows (score_samples)"
+                if entry.score_repeats < entry.damage_repeats
+                else "Verify on more rows (heldout of the dataset)"
             )
+            why = f"{noise}: too few rows to tell."
+            fix = f"{more}, and do not rely on this format's ranking until then."
+        else:
+            why = (
+                f"{noise}: it is not for want of rows. The score does not fit this model, or was "
+                "taken on rows of another kind."
+            )
+            fix = (
+                "Do not rely on this format's ranking. Score rows of the kind that is deployed, "
+                "and compare with method: kl_div."
+            )
+    return Finding(
+        code=Code.SCORE_PREDICTS_BADLY,
+        severity="warning",
+        what=f"{what}.",
+        why=why,
+        fix=fix,
+        formats=[entry.format],
+    )
 
 
 def _unmeasured(missing: Sequence[str]) -> Iterator[Finding]:
     if missing:
         yield Finding(
-            code="not-verified",
+            code=Code.NOT_VERIFIED,
             severity="warning",
             what=f"{len(missing)} of what the config asks to verify is not measured, such as "
             f"{missing[0]}.",
