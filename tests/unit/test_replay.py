@@ -18,6 +18,7 @@ from layersense.recipes.quant_config import (
     make_cache,
     make_parts,
 )
+from layersense.scoring.fused.quantizers import Quantizers
 from layersense.verification.replay import (
     Calibration,
     Switchboard,
@@ -203,6 +204,39 @@ def test_switching_equals_applying(checkpoint):
     board.clear()
     for before, after in zip(plain, outputs(loaded, data), strict=True):
         assert torch.equal(before, after)
+
+
+def test_verification_quantizes_with_the_ranges_that_were_scored(checkpoint):
+    formats = [known_formats()[name] for name in (FP8, INT8, INT4, AWQ, SMOOTH)]
+    task = get_task("causal-lm")
+    one, other = (task.load(checkpoint, dtype="float32", device="cpu") for _ in range(2))
+    board = Switchboard.of(one.model, MODULES)
+    for format in formats:
+        board.calibrate(format, list(MODULES), TYPES, calibration(one))
+    scored, data = Quantizers(other.model, formats), calibration(other)
+
+    def forward(count):
+        for batch in data.batches[:count]:
+            task.forward(other.model, batch)
+
+    scored.calibrate(forward, len(data.batches))
+    compared = 0
+    for format in formats:
+        scored.activate(scored.recipes[format.name])
+        for name in TYPES:
+            ours = board.choices[format.name][name]
+            for kind in ("weight_quantizer", "input_quantizer"):
+                theirs = getattr(other.model.get_submodule(name), kind)
+                assert ours[kind].is_enabled == theirs.is_enabled
+                if not theirs.is_enabled:
+                    continue
+                for attribute in ("_amax", "_pre_quant_scale"):
+                    expected = getattr(theirs, attribute, None)
+                    assert (getattr(ours[kind], attribute, None) is None) == (expected is None)
+                    if expected is not None:
+                        torch.testing.assert_close(getattr(ours[kind], attribute), expected)
+                        compared += 1
+    assert compared >= 6 * len(TYPES)
 
 
 @pytest.mark.parametrize("kv_cache", ["fp8", "fp8_cast"])

@@ -18,8 +18,9 @@ FORMATS = [
     "INT8_ALL_LAYERS_CFG",
 ]
 BITS = {"bits4_5": 4.5, "bits6": 6.0, "bits7": 7.0}
-LEAST_CORRELATION = 0.8
-"""Over all of the demo's groups it is 0.89 for INT4, 0.92 for FP8 and 0.96 for INT8."""
+LEAST_CORRELATION, LEAST_OF_MAIN = 0.8, 0.88
+"""Over all of the demo's groups it is 0.89 for INT4, 0.92 for FP8 and 0.96 for INT8; over those that do
+99.9 % of the damage 0.96, 0.97 and 0.93."""
 
 
 def test_the_recipes_of_the_trained_demo_beat_the_alternatives(
@@ -68,3 +69,7 @@ def check(file: Path) -> None:
     assert {entry.format for entry in overall} == set(FORMATS)
     for entry in overall:
         assert entry.spearman >= LEAST_CORRELATION, entry
+        assert entry.spearman_main is not None
+        assert entry.spearman_main >= LEAST_OF_MAIN, entry
+        assert entry.ceiling is not None
+        assert entry.ceiling > 0.95, entry  # the rows are not what is missing
