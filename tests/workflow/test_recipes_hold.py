@@ -19,8 +19,8 @@ FORMATS = [
 ]
 BITS = {"bits4_5": 4.5, "bits6": 6.0, "bits7": 7.0}
 LEAST_CORRELATION, LEAST_OF_MAIN = 0.8, 0.88
-"""Over all of the demo's groups it is 0.89 for INT4, 0.92 for FP8 and 0.96 for INT8; over those that
-do 99.9 % of the damage 0.96, 0.97 and 0.93."""
+"""Over all of the demo's groups it is 0.89 for INT4, 0.92 for FP8 and 0.96 for INT8; over those
+that do 99.9 % of the damage 0.96, 0.97 and 0.93."""
 
 
 def test_the_recipes_of_the_trained_demo_beat_the_alternatives(
