@@ -105,8 +105,13 @@ def write_tables(folder: Path, places: Sequence[Path]) -> None:
     write_runs([place / "manifest.json" for place in places], folder / "runs.parquet")
 
 
-def large_scores(groups: int, formats: int, blocks: int = 100) -> Scores:
-    """Scores of a language model of ``groups`` layer groups under ``formats`` formats."""
+def large_scores(
+    groups: int, formats: int | dict[str, tuple[float, str, str]], blocks: int = 100
+) -> Scores:
+    """Scores of a language model of ``groups`` layer groups under ``formats`` formats.
+
+    These are a number, or their names, each with its bits and its types as in ``sf.FORMATS``.
+    """
     kinds = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
     per_block = max(1, groups // blocks)
     modules, damage = {}, {}
@@ -117,14 +122,18 @@ def large_scores(groups: int, formats: int, blocks: int = 100) -> Scores:
         name = f"model.language_model.layers.{block}.{part}{kinds[kind]}"
         modules[name] = ([name], 4096 * (1 + kind))
         damage[name] = 10.0 ** (-6 + 4 * ((index * 7919) % 1000) / 1000) / (1 + block)
-    names = {f"FORMAT_{index:02d}_ALL_LAYERS_CFG": 4.0 + index / 2 for index in range(formats)}
+    if isinstance(formats, int):
+        formats = {
+            f"FORMAT_{index:02d}_ALL_LAYERS_CFG": (4.0 + index / 2, "W", "A")
+            for index in range(formats)
+        }
     known, factors = dict(sf.FORMATS), dict(sf.FACTORS)
     sf.FORMATS.clear()
     sf.FACTORS.clear()
     try:
-        sf.FORMATS.update({name: (bits, "W", "A") for name, bits in names.items()})
-        sf.FACTORS.update({name: 2.0 ** (8 - bits) for name, bits in names.items()})
-        return sf.make_scores(modules, damage, list(names))
+        sf.FORMATS.update(formats)
+        sf.FACTORS.update({name: 2.0 ** (8 - bits) for name, (bits, _, _) in formats.items()})
+        return sf.make_scores(modules, damage, list(formats))
     finally:
         for kept, original in ((sf.FORMATS, known), (sf.FACTORS, factors)):
             kept.clear()

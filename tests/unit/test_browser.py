@@ -197,6 +197,22 @@ def test_a_format_moves_the_points(visit):
     assert state(page) == f"#format={FP8}"
 
 
+def test_a_large_models_grid_scrolls_in_its_own_frame_and_leads_to_groups(visit):
+    page = visit("large/mix/report.html", width=390)
+    cells = page.locator("#chart-heatmap .mark-rect.role-mark path")
+    assert cells.count() == 300 * 5
+    inside, frame = page.evaluate(
+        "(() => { const frame = document.querySelector('#chart-heatmap').parentElement;"
+        "return [frame.scrollWidth, frame.clientWidth]; })()"
+    )
+    assert inside > frame
+    assert points(page, "blocks") == 0
+    assert page.locator("#chart-blocks .mark-rect.role-mark path").count() > 100
+    cells.nth(40).click(force=True)
+    until(page, "search=")
+    assert len(layers(page)) == 1
+
+
 def test_a_point_leads_to_its_group(visit):
     page = visit(PAGES[0])
     page.locator("#chart-depth .mark-symbol.role-mark path").nth(2).click()

@@ -1,9 +1,11 @@
 """HTML pages and figures as files: what they say, that they are one file, and inert."""
 
 import json
+import math
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import altair as alt
 import msgspec
@@ -11,12 +13,22 @@ import pyarrow.parquet as pq
 import pytest
 import result_files as rf
 import score_files as sf
+import vl_convert
 from PIL import Image
 from result_files import FP8, INT4
 
 from layersense import config
 from layersense.errors import LayersenseError
-from layersense.reports.charts import PAPER, SMALL, charts, datasets, on_paper, write_scripts
+from layersense.quantization.formats import grid_formats, resolve_format
+from layersense.reports.charts import (
+    PAPER,
+    SMALL,
+    VEGA_LITE,
+    charts,
+    datasets,
+    on_paper,
+    write_scripts,
+)
 from layersense.reports.html import write_page, write_scatter
 from layersense.reports.index import index_context, write_index
 from layersense.reports.measured import read_measured
@@ -284,6 +296,78 @@ def test_charts_are_valid_and_on_paper_without_variables(tmp_path):
         assert "var(--" not in text
         assert PAPER.font in text
         json.loads(text)
+
+
+PAIRS = [
+    "W4A16_INT4", "W4A8_INT4_FP8", "W4A8_INT4_INT8", "W4A4_INT4_INT4", "W4A4_INT4_FP4",
+    "W4A16_FP4", "W4A8_FP4_FP8", "W4A8_FP4_INT8", "W4A4_FP4_INT4", "W4A4_FP4_FP4",
+    "W8A16_FP8", "W8A8_FP8_FP8", "W8A8_FP8_INT8", "W8A4_FP8_INT4", "W8A4_FP8_FP4",
+    "W8A16_INT8", "W8A8_INT8_FP8", "W8A8_INT8_INT8", "W8A4_INT8_INT4", "W8A4_INT8_FP4",
+]  # fmt: skip
+"""The grid of pairs as a reader wants it: by bits, then by weight type, wide activations first."""
+
+
+def place_of_pairs(folder, groups, extra=()):
+    formats = [resolve_format(name, {}) for name in (*grid_formats(), *extra)]
+    described = {f.name: (f.effective_bits, f.weight_format, f.act_format) for f in formats}
+    scores = rf.large_scores(groups, described, blocks=groups)
+    return rf.write_result(folder, scores, run=f"of{groups}", quant_formats=list(described),
+                           effective_bits=6)  # fmt: skip
+
+
+def drawn(result, name, width):
+    """Return a chart's texts with their places, and how many cells it has, as it is drawn."""
+    spec = {**on_paper(charts(result)[name]), "datasets": datasets(result), "width": width}
+    spec["autosize"] = {"type": "fit-x", "contains": "padding"}
+    svg = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
+    texts = re.findall(r"<text[^>]*?translate\(([-\d.]+),([-\d.]+)\)[^>]*>([^<]+)<", svg)
+    marks = re.findall(r'<g class="mark-rect role-mark[^>]*[^/]>(.*?)</g>', svg, re.DOTALL)
+    cells = sum(part.count("<path") for part in marks)
+    return {text: (float(x), float(y)) for x, y, text in texts}, cells
+
+
+def test_the_grid_of_pairs_is_legible_for_a_small_model(tmp_path, render):
+    longest = "W8A8_FP8_FP8_WCHANNEL_ATOKEN"
+    place = place_of_pairs(tmp_path, 12, extra=[longest])
+    result = read_result(place / "layers.parquet")
+    assert [name for name in result.formats if name != longest] == PAIRS
+    # On a telephone the chart is as wide as it must be, and its own frame scrolls.
+    width = int(re.search(r'id="chart-heatmap" style="min-width: (\d+)px', render(place))[1])
+    texts, cells = drawn(result, "heatmap", width)
+    assert cells == 12 * 21
+    columns = [texts[name][0] for name in result.formats]  # KeyError: a label is cut short
+    assert columns == sorted(columns)
+    across = [math.sin(math.radians(60)) * (b - a) for a, b in pairwise(columns)]
+    assert min(across) > 11  # the size of a label's letters
+    rows = sorted(texts[label][1] for label in result.labels.values())
+    assert len(rows) == 12
+    assert min(b - a for a, b in pairwise(rows)) > 11
+
+
+def test_the_grid_of_pairs_is_legible_for_a_large_model(tmp_path, render, monkeypatch):
+    place = place_of_pairs(tmp_path, SMALL + 4)
+    result = read_result(place / "layers.parquet")
+    page = Page(render(place))
+    assert {"heatmap", "blocks"} < set(page.json["data"]["charts"])
+    texts, cells = drawn(result, "heatmap", 390)
+    assert cells == len(PAIRS) * (SMALL + 4)
+    rows = [texts[name][1] for name in PAIRS]
+    assert min(b - a for a, b in pairwise(rows)) > 11
+    assert "language" in texts
+    # Where there are more layers than columns they share columns, and all are in one.
+    monkeypatch.setattr("layersense.reports.charts.COLUMNS", 16)
+    assert drawn(result, "heatmap", 390)[1] == len(PAIRS) * 16
+    spec = json.dumps(charts(result)["heatmap"])
+    assert "worst of groups" in spec
+    assert "floor(datum.order / 4)" in spec
+
+
+def test_many_formats_do_not_make_a_long_table_of_baselines(tmp_path, render):
+    place = place_of_pairs(tmp_path, 12)
+    page = Page(render(place))
+    assert "everywhere" in page.text
+    assert "with the head kept" not in page.text.split("W4A16_INT4 everywhere")[1]
+    assert "Of 20 formats, the chart and frontier.parquet alone hold" in page.text
 
 
 def test_measured_recipes_stand_where_the_median_ratio_puts_them(tmp_path):

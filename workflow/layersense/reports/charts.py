@@ -20,7 +20,7 @@ from altair.utils.schemapi import debug_mode
 from layersense.files import atomic_write
 from layersense.quantization.formats import NONE
 from layersense.reports.measured import Measured, Rows
-from layersense.reports.result import Frontier, Result, Score
+from layersense.reports.result import MANY_FORMATS, Frontier, Result, Score
 from layersense.reports.text import percent, short_format, size
 
 Spec = dict[str, Any]
@@ -29,7 +29,11 @@ Chart = alt.LayerChart | alt.FacetChart
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
 """Version of Vega-Lite that Altair writes, as vl-convert names it."""
 SMALL = 60
-"""Groups up to which the heat map has a row for each; above, one for each kind of layer."""
+"""Groups up to which the heat map has a named row for each; above, they lie along its width."""
+COLUMNS = 300
+"""Columns of a heat map along the width at most; more groups share columns."""
+BLOCKS = "blocks"
+"""Chart that only pages have: the large model's blocks under one format, which a control sets."""
 SHAPES = [
     "circle",
     "square",
@@ -140,7 +144,7 @@ def charts(
     with debug_mode(False):
         specs = {
             "depth": _depth(result, bounds, missing, unit),
-            "heatmap": _heatmap(result, bounds, unit),
+            **_heatmaps(result, bounds, unit),
         }
         if frontier:
             specs["frontier"] = _frontier(rows["frontier"], rows["recipes"])
@@ -441,8 +445,8 @@ def _depth(result: Result, bounds: tuple[float, float], missing: bool, unit: str
     return alt.layer(*layers).properties(height=280)
 
 
-def _heatmap(result: Result, bounds: tuple[float, float], unit: str) -> Chart:
-    """Layers × formats; for a model of many groups, blocks × kinds of layers."""
+def _heatmaps(result: Result, bounds: tuple[float, float], unit: str) -> dict[str, Chart]:
+    """Layers × formats; for a model of many groups, blocks × kinds of layers too."""
     colour = alt.Color(
         "score:Q",
         title=unit,
@@ -452,8 +456,16 @@ def _heatmap(result: Result, bounds: tuple[float, float], unit: str) -> Chart:
         ),
     )
     base = alt.Chart(alt.NamedData("scores")).transform_filter(BY_SUBSYSTEM)
-    if len(result.groups) > SMALL:
-        return _blocks(base, colour, bounds, unit, result)
+    if len(result.groups) <= SMALL:
+        return {"heatmap": _rows(base, colour, result)}
+    blocks = _blocks(base, colour, result)
+    if len(result.formats) == 1:
+        return {"heatmap": blocks}
+    return {"heatmap": _along(base, colour, result), BLOCKS: blocks}
+
+
+def _rows(base: alt.Chart, colour: alt.Color, result: Result) -> Chart:
+    """A row for each layer, a column for each format."""
     names = [short_format(name) for name in (*result.formats, NONE)]
     x = alt.X(
         "name:N",
@@ -461,8 +473,8 @@ def _heatmap(result: Result, bounds: tuple[float, float], unit: str) -> Chart:
         sort=names,
         axis=alt.Axis(
             orient="top",
-            labelAngle=-30,
-            labelLimit=130,
+            labelAngle=-60 if len(result.formats) > MANY_FORMATS else -30,
+            labelLimit=240,
             labelPadding=4,
             ticks=False,
             domain=False,
@@ -500,13 +512,77 @@ def _heatmap(result: Result, bounds: tuple[float, float], unit: str) -> Chart:
     return alt.layer(cells, empty, words, chosen).properties(height=alt.Step(16))
 
 
-def _blocks(
-    base: alt.Chart,
-    colour: alt.Color,
-    bounds: tuple[float, float],
-    unit: str,
-    result: Result,
-) -> Chart:
+def _along(base: alt.Chart, colour: alt.Color, result: Result) -> Chart:
+    """A row for each format, the layers in model order from left to right, as along the depth."""
+    count = len(result.groups)
+    step = ceil(count / COLUMNS)
+    x = alt.X(
+        "start:Q",
+        title="layer groups in model order →",
+        scale=alt.Scale(domain=[-0.5, count - 0.5], nice=False, zero=False),
+        axis=alt.Axis(labels=False, ticks=False, grid=False, domain=False),
+    )
+    y = alt.Y(
+        "name:N",
+        title=None,
+        sort=[short_format(name) for name in result.formats],
+        axis=alt.Axis(labelLimit=230, ticks=False, domain=False),
+    )
+    measured = base.transform_filter("datum.state != 'none' && datum.state != 'unknown'")
+    # In a column of several groups, what hurts most: as large as it is, and by its name.
+    cell = (
+        measured.transform_calculate(
+            column=f"floor(datum.order / {step})", rank="datum.score == null ? -1 : datum.score"
+        )
+        .transform_aggregate(
+            top="argmax(rank)",
+            groups="count()",
+            first="min(order)",
+            last="max(order)",
+            groupby=["column", "subsystem", "name"],
+        )
+        .transform_calculate(
+            start="datum.first - 0.5",
+            # Under the next one's edge, or the ground shows through between them.
+            end=f"min(datum.last + {0.5 + 0.2 * step}, {count - 0.5})",
+            **{
+                name: f"datum.top.{name}"
+                for name in ("score", "low", "high", "state", "share", "layer", "kind", "block",
+                             "format", "choice")
+            },
+        )
+        .transform_calculate(interval=INTERVAL)
+        .encode(x=x, x2="end:Q", y=y, tooltip=_tooltip(step))
+    )  # fmt: skip
+    chosen = (
+        base.transform_filter("datum.selected && datum.state != 'none'")
+        .transform_calculate(start="datum.order", interval=INTERVAL)
+        .mark_point(shape="circle", filled=True, size=9, fill="#ffffff", stroke="#000000",
+                    strokeWidth=0.7, opacity=1, aria=False)
+        .encode(x=x, y=y, tooltip=TOOLTIP)
+    )  # fmt: skip
+    spans = alt.Chart(alt.NamedData("spans")).transform_filter(BY_SUBSYSTEM)
+    wide = spans.transform_filter(f"datum.end - datum.start > {0.08 * count!r}")
+    return alt.layer(
+        cell.transform_filter("datum.state == 'score'").mark_rect(aria=False).encode(color=colour),
+        cell.transform_filter("datum.state != 'score'").mark_rect(aria=False, fill=PAGE.empty),
+        chosen,
+        spans.transform_filter("datum.start > 0")
+        .mark_rule(color=PAGE.surface, strokeWidth=2)
+        .encode(x=alt.X("start:Q")),
+        wide.transform_calculate(middle="(datum.start + datum.end) / 2")
+        .mark_text(color=PAGE.muted, fontSize=11, baseline="bottom", y=-4)
+        .encode(x=alt.X("middle:Q"), text="subsystem:N"),
+    ).properties(height=alt.Step(18))
+
+
+def _tooltip(step: int) -> list[alt.Tooltip]:
+    """Return what a cell of ``step`` groups says of the one that hurts most."""
+    return TOOLTIP if step == 1 else [alt.Tooltip("groups:Q", title="worst of groups"), *TOOLTIP]
+
+
+def _blocks(base: alt.Chart, colour: alt.Color, result: Result) -> Chart:
+    """A row for each kind of layer, a column for each block, under the chosen format."""
     blocks = {group.block for group in result.groups}
     columns = [str(block) for block in sorted(block for block in blocks if block is not None)]
     columns += ["no block"] if None in blocks else []

@@ -10,7 +10,16 @@ from layersense import config
 from layersense.files import atomic_write
 from layersense.manifests.schema import Finding
 from layersense.quantization.formats import NONE
-from layersense.reports.charts import KINDS, SMALL, Spec, charts, compiled, datasets
+from layersense.reports.charts import (
+    BLOCKS,
+    COLUMNS,
+    KINDS,
+    SMALL,
+    Spec,
+    charts,
+    compiled,
+    datasets,
+)
 from layersense.reports.figures import write_figures
 from layersense.reports.markdown import (
     all_findings,
@@ -23,7 +32,15 @@ from layersense.reports.markdown import (
 )
 from layersense.reports.measured import Measured, Rows, read_measured
 from layersense.reports.page import pack, render_page
-from layersense.reports.result import Z95, Frontier, Group, Result, read_frontier, read_result
+from layersense.reports.result import (
+    Z95,
+    Frontier,
+    Group,
+    Result,
+    named_baselines,
+    read_frontier,
+    read_result,
+)
 from layersense.reports.tables import FILES, data_table
 from layersense.reports.text import plain, short_format
 
@@ -33,6 +50,8 @@ FORMAT_COLUMNS = 4
 """Formats that get a column of their own in the table of all groups; more stand in the details."""
 SCATTER = "measured"
 """Chart that only what was measured has."""
+FIGURELESS = (SCATTER, BLOCKS)
+"""Charts of the page that its job writes no figure of."""
 SEVERITIES = {"error": "Error", "warning": "Warning", "info": "Note"}
 
 
@@ -74,7 +93,7 @@ def write_page(
     specs, rows = charts(result, frontier, measured), datasets(result, frontier, measured)
     context = page_context(result, report, specs, rows, frontier, measured)
     atomic_write(out, render_page(template, context, {**FILES, "vega.js": scripts}))
-    write_figures({name: specs[name] for name in specs if name != SCATTER}, rows, figures)
+    write_figures({name: specs[name] for name in specs if name not in FIGURELESS}, rows, figures)
 
 
 def write_scatter(layers: Path, verification: Path, figures: Path) -> None:
@@ -109,6 +128,7 @@ def page_context(
     """
     about = result.about
     found = all_findings(about.findings if about else (), measured)
+    baselines = named_baselines(result.formats)
     return {
         "title": report.title,
         "top": report.top,
@@ -139,13 +159,16 @@ def page_context(
         "measured": measured.chosen if measured else None,
         "frontier": frontier,
         "kinds": KINDS,
-        "named": [point for point in frontier.points if point.kind != "frontier" or point.knee]
+        "named": [
+            point for point in frontier.points if point.kind in {"scheme", *baselines} or point.knee
+        ]
         if frontier
         else [],
+        "few_baselines": len(baselines) == 1,
         "asked": budget_text(about.state.budget) if about else None,
         "target": target_text(about.state) if about else None,
         "small": len(result.groups) <= SMALL,
-        "heatmap_width": 320 + 110 * (len(result.formats) + 1),
+        "heatmap_width": _heatmap_width(result),
         "data": {
             "charts": compiled(specs),
             "datasets": {name: pack(entries) for name, entries in rows.items()},
@@ -153,6 +176,16 @@ def page_context(
             "details": [_details(group) for group in result.ranked],
         },
     }
+
+
+def _heatmap_width(result: Result) -> tuple[int, int | None]:
+    """Return the width in pixels below which the heat map scrolls, and the largest, if any."""
+    if len(result.groups) <= SMALL:
+        columns = len(result.formats) + 1
+        return 200 + 20 * columns, 320 + 110 * columns
+    if len(result.formats) > 1:
+        return 200 + 2 * min(len(result.groups), COLUMNS), None
+    return 0, None
 
 
 def _counts(found: Sequence[Finding]) -> str:

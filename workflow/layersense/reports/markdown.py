@@ -1,7 +1,7 @@
 """Markdown reports: one for each scheme, and the page that shows them side by side."""
 
 import posixpath
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,14 @@ from layersense.recipes.targets import TARGETS
 from layersense.reports.compare import Profile, compare, profile
 from layersense.reports.measured import Measured, read_measured
 from layersense.reports.overview import heat, most_sensitive, read_results, text_strip
-from layersense.reports.result import Group, Result, Score, read_result, read_table
+from layersense.reports.result import (
+    Group,
+    Result,
+    Score,
+    named_baselines,
+    read_result,
+    read_table,
+)
 from layersense.reports.text import Markdown, bits, code, escape, join, number, plain, render
 
 SEVERITIES = ["error", "warning", "info"]
@@ -144,7 +151,8 @@ def report_context(
         "per": score_unit(result.modality),
         "budget": budget_text(manifest.autoquant_state.budget),
         "target": target_text(manifest.autoquant_state),
-        "recipes": _recipes(frontier),
+        "recipes": _recipes(frontier, result.formats),
+        "few_baselines": len(named_baselines(result.formats)) == 1,
         "flips": _flips(manifest),
         "verification": measured,
         "provenance": _provenance(manifest),
@@ -295,11 +303,13 @@ def target_text(state: AutoQuantizeState) -> str | None:
     return f"Every recipe here can be loaded by {title}{asks}, which {price} at this budget."
 
 
-def _recipes(frontier: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _recipes(frontier: list[dict[str, Any]], formats: Collection[str]) -> list[dict[str, Any]]:
     """Return some of the frontier, the scheme's choice and the baselines, by bits.
 
     Of the frontier, the knee and up to :data:`MAX_POINTS` more, spread evenly over the bits.
     """
+    kinds = {"frontier", "scheme", *named_baselines(formats)}
+    frontier = [row for row in frontier if row["kind"] in kinds or row["knee"]]
     points = [row for row in frontier if row["kind"] == "frontier"]
     low, high = points[0]["effective_bits"], points[-1]["effective_bits"]
     steps = [low + (high - low) * step / (MAX_POINTS - 1) for step in range(MAX_POINTS)]
@@ -381,5 +391,10 @@ def _run(name: str, entry: FormatRun) -> dict[str, Any]:
         "seed": "–" if seed is None else str(seed),
         "tokens": sum(entry.batches.tokens),
         "batches": len(entry.batches.tokens),
-        "seconds": ", ".join(f"{phase} {number(value)}" for phase, value in entry.seconds.items()),
+        # Formats that were scored together share their phases; ΔY is one format's own.
+        "seconds": ", ".join(
+            f"{phase} {number(value)}"
+            for phase, value in entry.seconds.items()
+            if not phase.startswith("ΔY ") or phase.startswith(f"ΔY {name},")
+        ),
     }

@@ -1,7 +1,8 @@
 """One result as reports read it: the groups of a ``layers.parquet`` and what its metadata says."""
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,13 @@ Z95 = 1.96
 """Standard errors in half a 95 % interval of a normal variable."""
 LABEL = 30
 """Longest label of a layer in a figure, in characters."""
+MANY_FORMATS = 6
+"""Formats up to which tables name every baseline of each; of more, the uniform one alone."""
+
+
+def named_baselines(formats: Collection[str]) -> set[str]:
+    """Return which kinds of a frontier's baselines tables name, for a scheme of these formats."""
+    return {"uniform"} if len(formats) > MANY_FORMATS else {"uniform", "head_kept", "edges_kept"}
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,8 @@ class Result:
     modality: str | None
     method: str | None
     formats: list[str]
-    """Without ``NONE``, the smallest first."""
+    """Without ``NONE``, the smallest first; of equals, those of one weight type together, and the
+    widest activations first."""
     bits: dict[str, float | None]
     """Format → its bits per weight."""
     groups: list[Group]
@@ -397,7 +406,7 @@ def make_result(table: pa.Table, path: Path) -> Result:
         dataset=_plain(first["dataset"]),
         modality=columns["modality"][0],
         method=columns["method"][0],
-        formats=_order(bits),
+        formats=_order(bits, columns),
         bits=bits,
         groups=groups,
         about=about,
@@ -487,9 +496,22 @@ def _score(columns: dict[str, list[Any]], row: int, name: str) -> Score:
     )
 
 
-def _order(bits: dict[str, float | None]) -> list[str]:
-    """Return formats by their bits, those of unknown bits last; ModelOpt's order among equals."""
-    return sorted(bits, key=lambda name: (_or(bits[name], 99.0), name))
+def _order(bits: dict[str, float | None], columns: dict[str, list[Any]]) -> list[str]:
+    """Return formats by their bits, those of unknown bits last; see :attr:`Result.formats`."""
+    types = {
+        plain(name): (weight or "", act or "")
+        for name, weight, act in zip(
+            *(columns[key] for key in ("format", "weight_format", "act_format")), strict=True
+        )
+    }
+
+    def key(name: str) -> tuple[float, str, float, str, str]:
+        weight, act = types[name]
+        digits = re.search(r"\d+$", act)
+        width = 16 if act == NONE else int(digits[0]) if digits else 0
+        return _or(bits[name], 99.0), weight, -width, act, name
+
+    return sorted(bits, key=key)
 
 
 def _grouped(pairs: Iterable[tuple[str, Group]]) -> dict[str, list[Group]]:
