@@ -66,6 +66,7 @@ def study(
     *,
     formats: Sequence[str] = (FP8,),
     built: Mapping[str, Built] = MappingProxyType({}),
+    trust_remote_code: bool = False,
     **run: Any,
 ) -> Study:
     """Score all layers of ``checkpoint`` on the sample, or go on from an earlier call.
@@ -76,10 +77,12 @@ def study(
         task: its task.
         formats: what to measure.
         built: CUDA extensions, as their jobs found them.
+        trust_remote_code: run Python code that comes with the checkpoint.
         run: keys of the run.
     """
     data = _config(str(checkpoint), task, run)
     data["schemes"]["scheme"]["quant_formats"] = list(formats)
+    data["models"]["model"]["trust_remote_code"] = trust_remote_code
     config = load_config(yaml.safe_load(yaml.safe_dump(data)), "test")
     out = checkpoint / "study"
     out.mkdir(exist_ok=True)

@@ -15,14 +15,16 @@ pytestmark = pytest.mark.slow  # importing ModelOpt takes 15 s
 torch = pytest.importorskip("torch")
 
 import tiny_families as families  # noqa: E402
-from studies import Study, sample_database, study  # noqa: E402
+from studies import FP8, Study, sample_database, study  # noqa: E402
 from tiny_models import resolve_folder  # noqa: E402
 
 from layersense.calibration.database import Object, Row, open_database  # noqa: E402
+from layersense.config import Scheme  # noqa: E402
 from layersense.errors import LayersenseError  # noqa: E402
 from layersense.models.tasks import get_task  # noqa: E402
 from layersense.models.tasks.images import photograph, to_tensor  # noqa: E402
 from layersense.models.tasks.protocol import Batch, Loaded, Sampling  # noqa: E402
+from layersense.recipes.decide import build_manifest  # noqa: E402
 
 MODALITIES = {
     "seq2seq-lm": "text_pair",
@@ -273,7 +275,7 @@ def test_modules_called_several_times_are_refused_by_the_stock_engine(
         study(shared, checkpoint(name), "object-detection", engine="modelopt")
 
 
-@pytest.mark.parametrize("name", ["retinanet", "d_fine"])
+@pytest.mark.parametrize("name", ["retinanet", "fcos", "d_fine"])
 def test_modules_called_several_times_are_scored_by_the_fused_engine(
     shared: Path, checkpoint: Any, name: str
 ) -> None:
@@ -331,6 +333,37 @@ def test_experts_that_no_token_reached_are_named(shared: Path, checkpoint: Any) 
         assert 128 - tokens <= len(group.unreached_experts) < 128
         assert f"{len(group.unreached_experts)} of 128 experts" in finding.what
     assert not result.findings("unreached-groups")
+
+
+def test_experts_of_linear_layers_are_one_group_too(shared: Path, checkpoint: Any) -> None:
+    result, stock = (
+        study(shared, checkpoint("own_mixture"), "causal-lm", trust_remote_code=True, engine=engine)
+        for engine in ("fused", "modelopt")
+    )
+    mixtures = [group for group in result.scores.groups.values() if group.kind == "experts"]
+    parts = ("gate_proj", "up_proj", "down_proj")
+    assert [set(group.module_names) for group in mixtures] == [
+        {f"model.layers.{layer}.mlp.experts.{n}.{part}" for n in range(4) for part in parts}
+        for layer in range(2)
+    ]
+    assert {group.n_weights for group in mixtures} == {4 * 3 * 32 * 32}
+    assert {group.n_experts for group in mixtures} == {4}
+    # They are scored at the output of a block, and the router inside of it by itself.
+    for handle, group in stock.manifest.layer_sensitivity.items():
+        assert group.scores[0] > 0, handle
+        ours = result.manifest.layer_sensitivity[handle]
+        assert ours.scores[0] == pytest.approx(group.scores[0], rel=1e-3), handle
+    # A router is scored, and stays as it is although all else may be quantized.
+    assert "model.layers.1.mlp.gate.quant_recipe" in result.scores.groups
+    for asked, bits in ((False, 8.5), (True, 8.0)):
+        scheme = Scheme(quant_formats=[FP8], effective_bits=bits, routers=asked)
+        manifest = build_manifest(result.scores, "run", "scheme", scheme, {})
+        taken = {
+            handle.split(".mlp.")[1]: group.selected.split("(")[0]
+            for handle, group in manifest.layer_sensitivity.items()
+            if ".mlp." in handle
+        }
+        assert taken["gate.quant_recipe"] == (FP8 if asked else "NONE")
 
 
 # What a loss misses

@@ -1,5 +1,6 @@
 """A tiny model of each family, of random weights, saved like a real checkpoint."""
 
+import json
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -449,3 +450,69 @@ def qwen3_vl_moe(folder: Path) -> Path:
             "moe_intermediate_size": 32}  # fmt: skip
     config = hf.Qwen3VLMoeConfig(**{**keys, "text_config": text})
     return save(folder, hf.Qwen3VLMoeForConditionalGeneration(config), processor)
+
+
+_OWN_MIXTURE = """
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_mixture"
+    num_experts = 4
+    num_experts_per_tok = 1
+
+
+class Expert(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (
+            nn.Linear(size, size, bias=False) for _ in range(3)
+        )
+
+    def forward(self, x):
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Mixture(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(Expert(config.hidden_size) for _ in range(config.num_experts))
+
+    def forward(self, hidden):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        weight, chosen = self.gate(flat).softmax(-1).max(-1)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero().flatten()
+            out = out.index_add(0, rows, expert(flat[rows]) * weight[rows, None])
+        return out.view_as(hidden)
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = Mixture(config)
+        self.post_init()
+"""
+
+
+def own_mixture(folder: Path) -> Path:
+    """Linear layers for each expert, by Python code that comes with the checkpoint."""
+    words = tokenizer()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "own_mixture.py").write_text(_OWN_MIXTURE)
+    classes: dict[str, Any] = {"__name__": "own_mixture"}
+    exec(_OWN_MIXTURE, classes)
+    config = classes["OwnConfig"](**_decoder(words))
+    save(folder, classes["OwnForCausalLM"](config), words)
+    written = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "OwnConfig", "AutoModelForCausalLM": "OwnForCausalLM"}
+    written["auto_map"] = {key: f"own_mixture.{name}" for key, name in code.items()}
+    (folder / "config.json").write_text(json.dumps(written))
+    return folder

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
-from layersense.models.loading import load_model, load_tokenizer
 from layersense.models.tasks.protocol import Batch, Loaded, Sampling, check_modality
 from layersense.models.tasks.tokens import (
+    check_length,
     count_supervised,
+    load_text_model,
     summed_cross_entropy,
     supervised_logits,
 )
@@ -42,14 +43,9 @@ class CausalLM:
         """Load model and tokenizer; see :class:`~layersense.models.tasks.protocol.Task`."""
         from transformers import AutoModelForCausalLM
 
-        model, warnings = load_model(AutoModelForCausalLM, checkpoint, dtype=dtype, device=device)
-        tokenizer = load_tokenizer(checkpoint)
-        if tokenizer.eos_token_id is None:
-            raise LayersenseError(
-                f"{checkpoint.path}: its tokenizer names no end token, which joins the texts; set "
-                "`eos_token` in tokenizer_config.json"
-            )
-        return Loaded(model, tokenizer, checkpoint.id, warnings)
+        return load_text_model(
+            AutoModelForCausalLM, checkpoint, "eos_token", dtype=dtype, device=device
+        )
 
     def batches(
         self, loaded: Loaded, rows: Sequence[Row], sampling: Sampling, batch_size: int
@@ -64,13 +60,7 @@ class CausalLM:
                 the model's positions.
         """
         check_modality(self, sampling.modality)
-        config = getattr(loaded.model, "config", None)
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and sampling.max_length > longest:
-            raise LayersenseError(
-                f"`max_length` {sampling.max_length} of the run is more than the {longest} "
-                f"positions of {loaded.name}; set it to {longest} or less"
-            )
+        check_length(loaded, sampling)
         blocks = pack(loaded.processor, [_text(row) for row in rows], sampling.max_length)
         if not blocks:
             raise LayersenseError(

@@ -11,9 +11,8 @@ from torch.nn import functional
 
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
-from layersense.models.loading import load_model, load_tokenizer
 from layersense.models.tasks.protocol import IGNORED, Batch, Loaded, Sampling, check_modality
-from layersense.models.tasks.tokens import pad_right
+from layersense.models.tasks.tokens import check_length, load_text_model, pad_right
 
 if TYPE_CHECKING:
     from layersense.calibration.database import Row
@@ -40,14 +39,9 @@ class Seq2SeqLM:
         """Load model and tokenizer; see :class:`~layersense.models.tasks.protocol.Task`."""
         from transformers import AutoModelForSeq2SeqLM
 
-        model, warnings = load_model(AutoModelForSeq2SeqLM, checkpoint, dtype=dtype, device=device)
-        tokenizer = load_tokenizer(checkpoint)
-        if tokenizer.pad_token_id is None:
-            raise LayersenseError(
-                f"{checkpoint.path}: its tokenizer names no padding token, which a batch needs; "
-                "set `pad_token` in tokenizer_config.json"
-            )
-        return Loaded(model, tokenizer, checkpoint.id, warnings)
+        return load_text_model(
+            AutoModelForSeq2SeqLM, checkpoint, "pad_token", dtype=dtype, device=device
+        )
 
     def batches(
         self, loaded: Loaded, rows: Sequence[Row], sampling: Sampling, batch_size: int
@@ -58,14 +52,7 @@ class Seq2SeqLM:
             LayersenseError: a text is empty, or ``max_length`` is more than the model's positions.
         """
         check_modality(self, sampling.modality)
-        config: Any = loaded.model.config
-        # Models with relative positions (T5) name no limit.
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and sampling.max_length > longest:
-            raise LayersenseError(
-                f"`max_length` {sampling.max_length} of the run is more than the {longest} "
-                f"positions of {loaded.name}; set it to {longest} or less"
-            )
+        check_length(loaded, sampling)
         pairs = [_pair(loaded.processor, row, sampling.max_length) for row in rows]
         return [
             _batch(loaded, pairs[start : start + batch_size])

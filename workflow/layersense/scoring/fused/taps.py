@@ -198,9 +198,8 @@ class _Site:
         return first if rest is None else (first, *rest)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module without quantizers."""
-        with self.taps.asleep():
-            return self.original(*args, **kwargs)
+        """Run the module without quantizers; what is scored inside, such as a router, is tapped."""
+        return self.original(*args, **kwargs)
 
     def tap(self, output: Tensor, args: Any, kwargs: Any) -> Tensor:
         leaves, spec = pytree.tree_flatten((args, kwargs))
