@@ -7,14 +7,16 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from result_files import measured
 from safetensors.torch import load_file, save_file
 from studies import sample_database, study
 from tiny_families import resnet
 from tiny_models import edit_json, save_tiny_llama, save_tiny_qwen2_5_vl
 
-from layersense.config import OwnFormat
+from layersense.config import OwnFormat, Verify
 from layersense.errors import LayersenseError
 from layersense.export import check as check_module
 from layersense.export import job as job_module
@@ -27,6 +29,7 @@ from layersense.export.store import read_exported
 from layersense.export.unpack import unpack
 from layersense.manifests.schema import encode_manifest
 from layersense.quantization.formats import known_formats, resolve_format
+from layersense.verification.table import read_measured_recipes, verification_table
 
 FP8, INT8 = "FP8_ALL_LAYERS_CFG", "INT8_ALL_LAYERS_CFG"
 INT4 = "INT4_BLOCKWISE_WEIGHT_ONLY_ALL_LAYERS_CFG"
@@ -169,12 +172,12 @@ class Shop:
             group.selected = group.formats[pick(number, handle)]
         (self.folder / "manifest.json").write_bytes(encode_manifest(self.manifest))
 
-    def export(self, out):
+    def export(self, out, verification_file=None):
         return export_scheme(
             self.folder / "manifest.json",
             model_file=self.folder / "model.json",
             database_file=self.database,
-            verification_file=None,
+            verification_file=verification_file,
             out=out / "checkpoint.json",
         )
 
@@ -276,6 +279,31 @@ def test_what_belongs_to_a_checkpoint_comes_along(llama, mixed):
     assert {file.name for file in out.iterdir()} == {
         "checkpoint", "checkpoint.json", ".checkpoint.json.lock"
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_card_tells_what_was_measured(llama, tmp_path):
+    llama.choose(lambda number, handle: number % 2)
+    options = Verify(points=1, random=4)
+    manifest = llama.manifest
+    table = tmp_path / "verification.parquet"
+
+    def verify(scale):
+        found = measured([manifest], options, scale)
+        pq.write_table(verification_table([manifest], found, options), table)
+        return llama.export(tmp_path, table), (tmp_path / "checkpoint" / "README.md").read_text()
+
+    _, card = verify(lambda handle, format: 1.0)
+    found = read_measured_recipes(table)
+    (own,) = (row for row in found.rows if row["role"] == "scheme")
+    assert f"KL to the unquantized model {own['kl']:.3g} nats (95 %: {own['kl_low']:.3g}" in card
+    assert found.summary.verdicts[0].sentence in card
+    assert "order by measured KL" not in card
+    # A second export writes the card alone: here with a score that predicts nothing.
+    ranks = {handle: 10.0 ** (3 * n) for n, handle in enumerate(manifest.layer_sensitivity)}
+    scores = {handle: group.scores[0] for handle, group in manifest.layer_sensitivity.items()}
+    _, card = verify(lambda handle, format: 1 / (ranks[handle] * scores[handle]))
+    assert "the order by score is the order by measured KL only with" in card
 
 
 def _edit_tensors(folder, change):

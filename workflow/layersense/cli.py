@@ -259,7 +259,7 @@ def export(
     database: Annotated[Path, typer.Option(help="Calibration database.")],
     out: Annotated[Path, typer.Option(help="checkpoint.json; the checkpoint lies beside it.")],
     verification: Annotated[
-        Path | None, typer.Argument(help="verification.json of the run, if it is verified.")
+        Path | None, typer.Argument(help="Table of the run's verification, if it is verified.")
     ] = None,
     cache: Cache = None,
     gpus: Gpus = 1,

@@ -234,12 +234,6 @@ def verification_of_run(wildcards):
     return [paths.verification_table(wildcards.run)] if verified else []
 
 
-def verified_for_card(wildcards):
-    """Return what was measured of a run's recipes, for the model card, if it is verified."""
-    verified = CONFIG.runs[wildcards.run].verify is not None
-    return [paths.verification(wildcards.run)] if verified else []
-
-
 def checkpoints_to_ship(wildcards):
     """Return the records of the checkpoints that runs ask for; there has to be one."""
     if not (files := targets("export")):

@@ -7,7 +7,7 @@ rule checkpoint:
         model=lambda wildcards: paths.model(CONFIG.runs[wildcards.run].model),
         database=lambda wildcards: paths.calibration(CONFIG.runs[wildcards.run].dataset),
         manifest=paths.manifest("{run}", "{scheme}"),
-        verification=verified_for_card,
+        verification=verification_of_run,
     output:
         update(paths.exported("{run}", "{scheme}")),
     log:

@@ -5,14 +5,19 @@ from pathlib import Path
 
 from layersense.export.store import Exported
 from layersense.manifests.schema import Manifest
-from layersense.verification.analysis import mean_with_interval
-from layersense.verification.store import Verification
+from layersense.verification.table import MeasuredRecipes
 
 CARD = "README.md"
 
 
-def model_card(manifest: Manifest, exported: Exported, verification: Verification | None) -> str:
-    """Return the card as Markdown, with the header that the hub reads."""
+def model_card(manifest: Manifest, exported: Exported, verification: MeasuredRecipes | None) -> str:
+    """Return the card as Markdown, with the header that the hub reads.
+
+    Args:
+        manifest: of the scheme.
+        exported: what was written.
+        verification: what was measured of the run's recipes; None where it is not verified.
+    """
     model = manifest.model
     counts = Counter(exported.expected.quantized.values())
     bits = f"{exported.effective_bits:.3g}"
@@ -54,10 +59,11 @@ def model_card(manifest: Manifest, exported: Exported, verification: Verificatio
     lines += _verified(exported, verification)
     if not exported.expected.onnx:
         lines += ["", "## vLLM", "", *_vllm(exported)]
+    found = list(manifest.findings)
+    if verification is not None:
+        found += verification.summary.findings_of(manifest.scheme.quant_formats)
     lines += ["", "## Findings", ""]
-    lines += [
-        f"- **{finding.severity}**: {finding.what} {finding.fix}" for finding in manifest.findings
-    ] or ["None."]
+    lines += [f"- **{one.severity}**: {one.what} {one.fix}" for one in found] or ["None."]
     return "\n".join(lines) + "\n"
 
 
@@ -93,24 +99,29 @@ def _checked(exported: Exported) -> str:
     return text
 
 
-def _verified(exported: Exported, verification: Verification | None) -> list[str]:
+def _verified(exported: Exported, verification: MeasuredRecipes | None) -> list[str]:
     if verification is None:
         return ["Its damage was not measured; the run has no `verify`."]
-    measured = verification.recipes.get(exported.recipe_digest)
+    measured = verification.of(exported.recipe_digest)
     if measured is None:
         return [
             "Not measured: what was written is not the scheme's recipe, and was not among those "
             "verified."
         ]
-    positions = verification.before.positions
-    kl, low, high = mean_with_interval(measured.damage.kl, positions)
-    agreement = sum(measured.damage.agree) / max(1, sum(positions))
+    summary, low, high = verification.summary, measured["kl_low"], measured["kl_high"]
     span = "" if low is None else f" (95 %: {low:.3g} to {high:.3g})"
-    value = "not finite" if kl is None else f"{kl:.3g} nats{span}"
-    return [
-        f"On {verification.heldout_samples} held-out rows, simulated: KL to the unquantized model "
-        f"{value} for each position, the same first choice at {agreement:.1%} of them."
+    value = "not finite" if measured["kl"] is None else f"{measured['kl']:.3g} nats{span}"
+    lines = [
+        f"On {summary.heldout_samples} held-out rows, simulated: KL to the unquantized model "
+        f"{value} for each position, the same first choice at {measured['top1_agreement']:.1%} of "
+        "them."
     ]
+    if not exported.kept:  # what was written is the recipe that the verdict is about
+        lines += [
+            "",
+            *(one.sentence for one in summary.verdicts if one.scheme == exported.scheme),
+        ]
+    return lines
 
 
 def _is_local(id: str) -> bool:

@@ -40,7 +40,7 @@ from layersense.recipes.menu import Recipe, recipe_digest
 from layersense.recipes.quant_config import bits_of, chosen, quant_config, read_settings
 from layersense.scoring.job import extensions_here, leased, only_job
 from layersense.verification.plan import CACHE
-from layersense.verification.store import Verification, read_verification
+from layersense.verification.table import MeasuredRecipes, read_measured_recipes
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ def export_scheme(
         manifest_file: the recipe.
         model_file: record of the checkpoint that it is for.
         database_file: calibration database.
-        verification_file: what was measured of the run's recipes, for the card.
+        verification_file: ``verification.parquet`` of the run, for the card; None where it is not
+            verified.
         out: ``checkpoint.json``.
         threads: CPU threads of torch; None leaves its default.
         gpus: how many GPUs the model is spread over.
@@ -84,7 +85,7 @@ def export_scheme(
     """
     manifest = read_own_manifest(manifest_file)
     make_plan(manifest)
-    verification = read_verification(verification_file) if verification_file else None
+    verification = read_measured_recipes(verification_file) if verification_file else None
     checkpoint = read_checkpoint(model_file)
     with open_database(database_file) as database:
         _check_inputs(manifest, checkpoint, database.meta["digest"], model_file, database_file)
@@ -151,7 +152,7 @@ def _export(
     checkpoint: Checkpoint,
     database_file: Path,
     digest: str,
-    verification: Verification | None,
+    verification: MeasuredRecipes | None,
     out: Path,
     threads: int | None,
     gpus: int,

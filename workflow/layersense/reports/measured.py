@@ -54,11 +54,7 @@ class Measured:
     @property
     def findings(self) -> list[Finding]:
         """Of the run, without those about formats that the scheme does not have."""
-        return [
-            finding
-            for finding in self.summary.findings
-            if not finding.formats or set(finding.formats) & set(self.formats)
-        ]
+        return self.summary.findings_of(self.formats)
 
     @property
     def random(self) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """What the held-out rows say of scores and recipes: means, intervals, correlations (no torch)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -108,6 +108,14 @@ class Summary(msgspec.Struct, kw_only=True):
     exact_reuse: bool
     photographs: int | None = None
     """How many photographs the held-out samples are of; None where they are of none."""
+
+    def findings_of(self, formats: Collection[str]) -> list[Finding]:
+        """Return the findings, without those that concern other formats than ``formats``."""
+        return [
+            finding
+            for finding in self.findings
+            if not finding.formats or set(finding.formats) & set(formats)
+        ]
 
 
 class Parts(NamedTuple):

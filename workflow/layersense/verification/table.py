@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,6 +180,30 @@ def by_photograph(found: Verification) -> Verification:
             for digest, recipe in found.recipes.items()
         },
     )
+
+
+@dataclass(frozen=True)
+class MeasuredRecipes:
+    """What a ``verification.parquet`` says of whole recipes."""
+
+    summary: Summary
+    rows: list[dict[str, Any]]
+    """Of kind ``recipe``."""
+
+    def of(self, digest: str) -> dict[str, Any] | None:
+        """Return a row of the recipe of this digest; None where it was not measured."""
+        return next((row for row in self.rows if row["recipe_digest"] == digest), None)
+
+
+def read_measured_recipes(path: Path) -> MeasuredRecipes:
+    """Read the recipes of a ``verification.parquet``.
+
+    Raises:
+        LayersenseError: it cannot be read, or is no such table.
+    """
+    summary = read_summary(path)
+    rows = pq.read_table(path).to_pylist()
+    return MeasuredRecipes(summary, [row for row in rows if row["kind"] == "recipe"])
 
 
 def verification_table(
