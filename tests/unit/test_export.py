@@ -275,6 +275,8 @@ def test_what_belongs_to_a_checkpoint_comes_along(llama, mixed):
     assert f"| {FP8} |" in card
     assert "vLLM does not read this checkpoint as it is meant" in card
     assert "Its damage was not measured" in card
+    over = exported.checked.quantized_bytes / exported.predicted_bytes - 1
+    assert f"{over:+.1%} of what the recipe's bits predict" in card
     assert exported.files == {file.name: file.stat().st_size for file in folder.iterdir()}
     assert {file.name for file in out.iterdir()} == {
         "checkpoint", "checkpoint.json", ".checkpoint.json.lock"

@@ -81,7 +81,9 @@ def _checked(exported: Exported) -> str:
         return (
             f"{checked.tensors} tensors, {checked.bytes / 1e9:.3f} GB; {checked.compared} packed "
             f"weights were unpacked and compared with what was simulated ({checked.differing:.2%} "
-            "of their elements are the neighbouring value of the format, which is rounding)."
+            "of their elements are the neighbouring value of the format, which is rounding). The "
+            f"quantized layers take {checked.quantized_bytes / 1e9:.3f} GB with their scales, "
+            f"{exported.surplus:+.1%} of what the recipe's bits predict."
         )
     found = checked.onnx
     text = (

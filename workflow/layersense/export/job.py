@@ -48,6 +48,8 @@ PART, OLD = ".checkpoint.part", ".checkpoint.old"
 NAMED = 3
 """Groups left unquantized that the log names; the card names all."""
 """Folders of a checkpoint in the making, and of one about to be deleted."""
+MOST_SURPLUS = 0.01
+"""Share of the predicted bytes by which a checkpoint may be off without a warning."""
 MOST_HELDOUT = 64
 """Held-out images that an ONNX file is compared on."""
 
@@ -303,12 +305,11 @@ def _check_in_a_fresh_process(
 
 def _warn(exported: Exported) -> None:
     """Say in the log what the reader should know before the checkpoint is shipped."""
-    ratio = exported.checked.quantized_bytes / exported.predicted_bytes - 1
-    if abs(ratio) > 0.01 and not exported.expected.onnx:
+    if not exported.expected.onnx and abs(exported.surplus) > MOST_SURPLUS:
         logger.warning(
             "the quantized layers take %.1f %% more bytes than predicted: the exporter writes "
             "scales in 32 bits, and one for each output of a small layer weighs",
-            100 * ratio,
+            100 * exported.surplus,
         )
     for problem in exported.checked.vllm:
         logger.warning("vLLM would not read it as it is meant: %s", problem)

@@ -107,6 +107,11 @@ class Exported(msgspec.Struct, kw_only=True):
     peak_memory_bytes: int
     environment: dict[str, str]
 
+    @property
+    def surplus(self) -> float:
+        """Share by which the quantized modules take more bytes than predicted."""
+        return self.checked.quantized_bytes / self.predicted_bytes - 1
+
 
 def read_exported(path: str | Path) -> Exported:
     """Read a ``checkpoint.json``.
