@@ -27,6 +27,10 @@ WEIGHTS = (1.1, 0.9, 1.0, 1.025)
 """How the damage of each of four held-out units differs from their mean."""
 
 
+CACHE_DAMAGE = 0.5
+"""KL that a quantized key-value cache adds."""
+
+
 def measured(manifests, options, scale=lambda handle, format: 1.0):
     """A verification in which every group does twice its score, and damages add up."""
     plan = make_plan(manifests, options)
@@ -58,7 +62,10 @@ def measured(manifests, options, scale=lambda handle, format: 1.0):
         recipes={
             planned.digest: MeasuredRecipe(
                 recipe=planned.recipe,
-                damage=damage(sum(of(h, name) for h, name in planned.recipe.items())),
+                damage=damage(
+                    sum(of(h, name) for h, name in planned.recipe.items())
+                    + (CACHE_DAMAGE if planned.kv_cache != "none" else 0.0)
+                ),
             )
             for planned in plan.recipes
         },

@@ -6,6 +6,7 @@ import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from itertools import pairwise
+from typing import get_args
 
 import altair as alt
 import msgspec
@@ -21,8 +22,10 @@ from layersense import config
 from layersense.errors import LayersenseError
 from layersense.quantization.formats import grid_formats, resolve_format
 from layersense.reports.charts import (
+    MEASURED,
     PAPER,
     SMALL,
+    UNDRAWN,
     VEGA_LITE,
     charts,
     datasets,
@@ -35,6 +38,7 @@ from layersense.reports.measured import read_measured
 from layersense.reports.overview import read_results
 from layersense.reports.page import inline_script, pack
 from layersense.reports.result import Result, read_frontier, read_result, read_table, tail
+from layersense.verification.plan import Role
 
 FIGURES = {f"{name}.{kind}" for name in ("depth", "heatmap", "frontier") for kind in ("svg", "png")}
 
@@ -324,6 +328,21 @@ def drawn(result, name, width):
     marks = re.findall(r'<g class="mark-rect role-mark[^>]*[^/]>(.*?)</g>', svg, re.DOTALL)
     cells = sum(part.count("<path") for part in marks)
     return {text: (float(x), float(y)) for x, y, text in texts}, cells
+
+
+def test_every_role_of_a_measured_recipe_is_drawn_or_left_to_the_table(tmp_path):
+    assert {*MEASURED, *UNDRAWN} == {*get_args(Role)}
+    place = rf.write_result(tmp_path, kv_cache="fp8")
+    result, frontier = (
+        read_result(place / "layers.parquet"),
+        read_frontier(place / "frontier.parquet"),
+    )
+    measured = read_measured(rf.write_verification(place), "mix", result.formats)
+    (alone,) = (row for row in measured.recipes if row["role"] == "cache")
+    assert alone["kl"] > 0
+    drawn = {row["label"] for row in datasets(result, frontier, measured)["recipes"]}
+    assert "mix" in drawn
+    assert alone["label"] not in drawn
 
 
 def test_the_grid_of_pairs_is_legible_for_a_small_model(tmp_path, render):

@@ -63,6 +63,8 @@ RANDOM = "random, at its bits"
 """What the chart calls recipes that are drawn at random, which are measured alone."""
 MEASURED = {**KINDS, "rival": KINDS["frontier"], "random": RANDOM}
 """Role of a recipe in ``verification.parquet`` → what the chart calls it."""
+UNDRAWN = ("cache",)
+"""Roles that the chart leaves to the table: what nothing predicts has no place on its axes."""
 SAID = 6
 """Rank correlations that the chart names at most; the table has them all."""
 MISSING = ("zero", "not reached", "not finite")
@@ -261,6 +263,7 @@ def _recipe_rows(result: Result, frontier: Frontier, measured: Measured) -> Rows
             "shares": shares.get(row["recipe_digest"], "not listed"),
         }
         for row in measured.all_recipes
+        if row["role"] not in UNDRAWN
         if row["kl"] and row["kl"] > 0  # what does no damage has no place on a logarithm
     ]
 
