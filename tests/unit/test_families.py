@@ -489,7 +489,7 @@ def test_data_that_does_not_fit_a_model_is_one_sentence(shared: Path, checkpoint
         with pytest.raises(LayersenseError) as error:
             task.batches(loaded, rows, sampling(task_name), 1)
         assert str(error.value).count("\n") == 0
-        assert ("nothing" if what != "boxes" else "no boxes") in str(error.value)
+        assert ("nothing" if what == "named" else f"no {what}") in str(error.value)
         strange = [replace(rows[0], objects=(Object("dragon", (0, 0, 9, 9), False, "[]"),))]
         with pytest.raises(LayersenseError, match="dragon"):
             task.batches(loaded, strange, sampling(task_name), 1)
@@ -596,6 +596,14 @@ def test_targets_are_supervised_whole_and_padding_never(checkpoint: Any, shared:
         ).loss.item()
     (ours,) = losses(task, loaded, [batch])
     assert ours == pytest.approx(own * batch.n_tokens, rel=1e-5)
+
+
+def test_a_network_whose_classes_are_numbers_is_told_so(checkpoint: Any, shared: Path) -> None:
+    task, loaded = get_task("object-detection"), load(checkpoint("yolos"), "object-detection")
+    numbered = replace(loaded.processor, classes={f"label {n}": n for n in range(80)})
+    rows = sample_rows(shared, "object-detection", 2)
+    with pytest.raises(LayersenseError, match="have no names: write the checkpoint with them"):
+        task.batches(replace(loaded, processor=numbered), rows, sampling("object-detection"), 1)
 
 
 # Tasks of the user's own

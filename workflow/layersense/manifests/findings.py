@@ -510,7 +510,8 @@ def _why_missed(reached: str) -> tuple[str, str]:
         return (
             "No calibration sample ran these layers.",
             "Add data that exercises them (images for a vision tower, more text for rare "
-            "experts), or keep them unquantized.",
+            "experts), or keep them unquantized: what only training runs, such as a detector's "
+            "auxiliary heads, need not be fast.",
         )
     return (
         "They ran, but no gradient of the loss reaches them.",

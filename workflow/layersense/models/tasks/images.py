@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -91,6 +92,29 @@ def classes_by_name(names: Iterable[tuple[int, str]]) -> dict[str, int]:
 def find_class(classes: Mapping[str, int], name: str) -> int | None:
     """Return the number of the class called ``name``, or None if a model has none."""
     return classes.get(_plain(name))
+
+
+def no_class(
+    model: str, shown: Iterable[str], classes: Mapping[str, int], what: str
+) -> LayersenseError:
+    """Return the error of photographs that show nothing of which a model has a class.
+
+    Args:
+        model: the checkpoint's id.
+        shown: what the photographs show.
+        classes: the model's, see :func:`classes_by_name`.
+        what: what shows it, ``boxes`` or ``masks``.
+    """
+    if all(re.fullmatch(r"(label )?\d+", name) for name in classes):
+        # A fresh network, such as one from a description alone.
+        advice = "its classes have no names: write the checkpoint with them"
+    else:
+        advice = f"take data with {what} of its classes"
+    found = ", ".join(sorted(shown)[:4]) or f"no {what}"
+    return LayersenseError(
+        f"{model}: the photographs show {found}, none of the model's classes "
+        f"({', '.join(list(classes)[:4])}, …); {advice}"
+    )
 
 
 def _plain(name: str) -> str:

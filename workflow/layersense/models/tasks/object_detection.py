@@ -19,6 +19,7 @@ from layersense.models.tasks.images import (
     find_class,
     labels_of,
     load_image_model,
+    no_class,
     padded_batches,
     photograph,
     stack_images,
@@ -134,12 +135,8 @@ class ObjectDetection:
         check_modality(self, sampling.modality)
         detector: Detector = loaded.processor
         if not any(_objects(row, detector.classes) for row in rows):
-            shown = sorted({shown.category for row in rows for shown in row.objects})
-            known = ", ".join(list(detector.classes)[:4])
-            raise LayersenseError(
-                f"{loaded.name}: the photographs show {', '.join(shown[:4]) or 'no boxes'}, none "
-                f"of the model's classes ({known}, …); take data with boxes of its classes"
-            )
+            shown = {shown.category for row in rows for shown in row.objects}
+            raise no_class(loaded.name, shown, detector.classes, "boxes")
         return padded_batches(
             rows,
             batch_size,

@@ -22,6 +22,7 @@ from layersense.models.tasks.images import (
     find_class,
     labels_of,
     load_image_model,
+    no_class,
     padded_batches,
     photograph,
     stack_images,
@@ -117,11 +118,7 @@ class SemanticSegmentation:
         segmenter: Segmenter = loaded.processor
         shown = {shown.category for row in rows for shown in row.objects if shown.segmentation}
         if not any(find_class(segmenter.classes, name) is not None for name in shown):
-            known = ", ".join(list(segmenter.classes)[:4])
-            raise LayersenseError(
-                f"{loaded.name}: the masks show {', '.join(sorted(shown)[:4]) or 'nothing'}, none "
-                f"of the model's classes ({known}, …); take data with masks of its classes"
-            )
+            raise no_class(loaded.name, shown, segmenter.classes, "masks")
         return padded_batches(
             rows, batch_size, prepare=partial(_prepare, segmenter), collate=_collate
         )
