@@ -44,10 +44,10 @@ SHAPES = {
 }
 
 
-def make_model(name: str) -> tuple[PreTrainedModel, Any]:
+def make_model(name: str, device: str | None = None) -> tuple[PreTrainedModel, Any]:
     """Return a model in eval mode, in bfloat16, and its processor or tokenizer.
 
-    It is made on the GPU where there is one. The tokenizer is a small one.
+    It is made on ``device``, or on the GPU where there is one. The tokenizer is a small one.
     """
     processor = make_processor(CAPTIONS)
     tokenizer = processor.tokenizer
@@ -68,7 +68,7 @@ def make_model(name: str) -> tuple[PreTrainedModel, Any]:
     torch.manual_seed(SEED)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        with torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")):
             model: PreTrainedModel
             if shape.vision:
                 config = _vision_language(sizes, tokenizer, shape)

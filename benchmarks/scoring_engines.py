@@ -147,7 +147,9 @@ def fused(what: Measurement, count: int) -> None:
     say("fused, before the first step:", {k: round(v, 1) for k, v in engine.seconds.items()})
     recipes = [engine.quantizers.recipes[name] for name in FORMATS[:count]]
     total = torch.zeros(len(engine.taps.handles), len(recipes), dtype=torch.float64)
-    batches = [engine._micro_batch(4, 4 * index) for index in range(BATCHES)]
+    batches = [
+        engine._micro_batch(4, 4 * index).to(what.device, engine.dtype) for index in range(BATCHES)
+    ]
 
     def step(number: int, checkpointing: bool, batch: int) -> float:
         fit = Fit(micro_batch=4, checkpointing=checkpointing, formats=number)

@@ -21,11 +21,12 @@ from typer.testing import CliRunner  # noqa: E402
 from layersense.calibration.database import open_database  # noqa: E402
 from layersense.cli import app  # noqa: E402
 from layersense.models.tasks import get_task  # noqa: E402
-from layersense.models.tasks.protocol import Sampling  # noqa: E402
+from layersense.models.tasks.protocol import Batch, Sampling  # noqa: E402
 from layersense.quantization.formats import resolve_format  # noqa: E402
 from layersense.scoring.fused.fit import (  # noqa: E402
     HELD_FACTOR,
     LOSS_COPIES,
+    WEIGHT_COPIES,
     expected_bytes,
     expected_bytes_recomputed,
 )
@@ -98,6 +99,8 @@ def test_what_a_real_pass_holds_is_what_its_linear_layers_see(loaded: Any) -> No
 
 def test_the_peak_by_hand() -> None:
     assert expected_bytes(100, 10, logits=5) == 100 + HELD_FACTOR * 10 + LOSS_COPIES * 4 * 5
+    # A weight whose quantization takes more than the loss, which is gone by then.
+    assert expected_bytes(100, 10, 5, largest=50) == 100 + HELD_FACTOR * 10 + WEIGHT_COPIES * 50
     # Three blocks: every input, the largest block, and what lies outside of them.
     assert expected_bytes_recomputed(100, 8, [(2, 20), (2, 30), (1, 5)]) == pytest.approx(
         100 + HELD_FACTOR * (8 + 30) + 5
@@ -116,11 +119,52 @@ def test_recomputing_leaves_one_block_and_the_inputs_of_all(loaded: Any) -> None
     block = (64 + 64 + 32 + 32) + (64 + 64) + (64 + 128 + 128) + (128 + 64)
     classes = model.config.vocab_size
     head = 64 + classes
-    loss = LOSS_COPIES * 4 * batch.n_tokens * classes
+    largest = WEIGHT_COPIES * 4 * 64 * max(classes, 128)  # of the head, or of an MLP
+    loss = max(LOSS_COPIES * 4 * batch.n_tokens * classes, largest)
     assert kept == pytest.approx(weights + HELD_FACTOR * tokens * item * (2 * block + head) + loss)
     assert recomputed == pytest.approx(
         weights + HELD_FACTOR * tokens * item * (block + head) + 2 * 64 * tokens * item + loss
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "supervised", "kept", "recomputed"),
+    [
+        # Peaks in GiB on an H100: batches of 4 texts of 512 tokens, or of 4 images of 640×480.
+        ("qwen2.5-0.5b", 2044, 7.9, 5.3),
+        ("qwen2.5-vl-3b", 200, 34.6, 11.9),
+        ("qwen2.5-vl-7b", 200, 46.7, 20.9),
+    ],
+)
+def test_the_guess_is_near_what_was_measured(
+    shape: str,
+    supervised: int,
+    kept: float,
+    recomputed: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from random_models import SHAPES, make_model
+
+    model, _ = make_model(shape, "meta")
+    vision = SHAPES[shape].vision
+    ids = torch.zeros(4, 496 if vision else 512, dtype=torch.int64)
+    inputs = {"input_ids": ids}
+    if vision:
+        image = int(model.config.image_token_id)
+        ids[:, :416] = image  # 1,663 patches an image, four to a token
+        inputs["pixel_values"] = torch.empty(6652, 1176, device="meta")
+    batch = Batch(
+        inputs=inputs, labels=ids, n_tokens=supervised, n_samples=4, n_padding=0, n_truncated=0
+    )
+    task = get_task("image-text-to-text" if vision else "causal-lm")
+    groups = Quantizers(model, [resolve_format(FP8, {})]).groups
+    held = held_by_shapes(groups, task.describe, batch, model.config)
+    assert held is not None
+    guess = expected_peaks(model, groups, held, batch.n_tokens)
+    for guessed, measured in zip(guess, (kept, recomputed), strict=True):
+        assert guessed is not None
+        assert 0.95 <= guessed / 2**30 / measured <= 1.15
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import msgspec
 import torch
 from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import Tensor, nn
@@ -19,15 +18,15 @@ from layersense.models.tasks.protocol import Batch, Loaded
 from layersense.quantization.formats import Format
 from layersense.scoring.fused.attention import batch_windows
 from layersense.scoring.fused.fit import (
-    FULL,
     Pass,
     can_checkpoint,
     couples_samples,
-    expected_bytes,
+    first_fit,
     missing_memory,
     smaller,
+    without_samples,
 )
-from layersense.scoring.fused.held import expected_peaks, held_by_shapes
+from layersense.scoring.fused.held import expected_peaks, held_by_running, held_by_shapes
 from layersense.scoring.fused.quantizers import Quantizers
 from layersense.scoring.fused.taps import Taps
 from layersense.scoring.inventory import Inventory, take_inventory
@@ -87,6 +86,10 @@ class _Engine:
         self.task, self.device = measurement.task, measurement.device
         self.seconds: dict[str, float] = {}
         self.agreement: Agreement | None = None
+        self._checked: set[int] = set()
+        """Columns of the formats that were compared with stock."""
+        self._peaks: tuple[float, float | None] | None = None
+        """Expected peaks in bytes, with activations kept and with them recomputed."""
         self._micro: dict[int, _Aligned] = {}
         self._splittable: bool | None = None
 
@@ -136,13 +139,15 @@ class _Engine:
         def forward(count: int) -> None:
             progress = Progress("calibrate", total=count, unit="batch", device=self.device)
             for batch in self._prefetched(batches[:count]):
-                self.task.forward(self.model, batch)
+                self.task.forward(self.model, batch.to(self.device, self.dtype))
                 progress.step()
             progress.close()
 
         try:
             self.seconds |= self.quantizers.calibrate(forward, len(batches))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise LayersenseError(
                 f"a calibration batch of {self.measurement.calibration_batch_size} samples does "
                 f"not fit into memory ({missing_memory(str(error))} needed); reduce "
@@ -164,7 +169,8 @@ class _Engine:
         with timed(self.seconds, "score"), self.taps.attached():
             for index, batch in enumerate(self._prefetched(scoring.batches)):
                 scored.seen.append(BatchStatistics.of(batch))
-                self.taps.stopwatch = {} if index == TIMED_BATCH else None
+                timed_batch = min(TIMED_BATCH, len(scoring.batches) - 1)
+                self.taps.stopwatch = {} if index == timed_batch else None
                 scored.batches.append(self._score_batch(scoring.start(index), batch))
                 if self.taps.stopwatch:
                     self.seconds |= {
@@ -189,7 +195,8 @@ class _Engine:
                 if failure is None:
                     done += micro.n_samples
                     continue
-                todo = [(part, done) for part in self._smaller(what, micro, failure)] + todo
+                parts = self._smaller(what, start + done, micro, failure)
+                todo = [(part, done) for part in parts] + todo
                 break
             else:
                 self.passes.append(what)
@@ -198,18 +205,21 @@ class _Engine:
     def _step(self, what: Pass, batch: Batch, total: Tensor) -> str | None:
         """Add one forward and backward pass to ``total``; return the message if memory ran out."""
         self.taps.activate(what.recipes)
-        first = self.agreement is None
-        loss = torch.zeros(())
+        unchecked = not self._checked.issuperset(self.taps.columns)
+        loss = there = None
         try:
+            there = batch.to(self.device, self.dtype)
             with self._checkpointing(what.fit.checkpointing), torch.enable_grad():
                 with timed(self.seconds, "forward"):
-                    loss = self.task.loss(self.task.forward(self.model, batch), batch)
-                if first:
+                    loss = self.task.loss(self.task.forward(self.model, there), there)
+                if unchecked:
                     self.taps.checked = {handle: {} for handle in self._to_check()}
                 if loss.requires_grad:
                     with timed(self.seconds, "backward"):
                         loss.backward()  # type: ignore[no-untyped-call]
             scores = self.taps.take()
+            if unchecked:
+                self._compare(scores, what.recipes)
         except RuntimeError as error:
             message = str(error)
             self.taps.checked = {}
@@ -219,13 +229,11 @@ class _Engine:
             elif not is_out_of_memory(error):
                 raise
         else:
-            if first:
-                self.agreement = self._compare(scores, what.recipes)
             total += scores
             return None
         # Outside of the handler, whose traceback keeps the graph alive.
-        del loss
-        self.taps.take()
+        del loss, there
+        self.taps.forget()
         if _overwrites(message):
             return self._step(what, batch, total)
         again = self.taps.graphs.held
@@ -238,7 +246,8 @@ class _Engine:
             return self._step(what, batch, total)
         return message
 
-    def _smaller(self, what: Pass, batch: Batch, failure: str) -> list[Pass]:
+    def _smaller(self, what: Pass, first: int, batch: Batch, failure: str) -> list[Pass]:
+        """Return what to do instead of a pass over a batch that begins with a sample."""
         parts = smaller(
             what,
             coupled=self._coupled(),
@@ -246,16 +255,26 @@ class _Engine:
             checkpointable=can_checkpoint(self.model),
         )
         if not parts:
-            positions = batch.n_positions
             raise LayersenseError(
-                f"format {self.quantizers.formats[what.recipes[0]].name}: {batch.n_samples} "
-                f"sample(s) of {positions // batch.n_samples} positions do not fit into memory "
-                f"({missing_memory(failure)} needed); reduce `max_length` or `max_pixels` of the "
-                f"run, or use a larger {'GPU' if self.device.type == 'cuda' else 'machine'}"
+                f"format {self.quantizers.formats[what.recipes[0]].name}: "
+                f"{self._which(first, batch)} not fit into memory ({missing_memory(failure)} "
+                "needed); reduce `max_length` or `max_pixels` of the run, or use a larger "
+                f"{'GPU' if self.device.type == 'cuda' else 'machine'}"
             )
         for part in parts:
             logger.warning("out of memory: %s", part.back_offs[-1])
         return parts
+
+    def _which(self, first: int, batch: Batch) -> str:
+        """Say which samples a batch holds, and how long they are; ends with a verb."""
+        length = f"of {batch.n_positions // batch.n_samples} positions"
+        if batch.n_samples > 1:
+            last = first + batch.n_samples
+            return f"scoring samples {first + 1} to {last}, {length} each and not to be split, do"
+        image = ""
+        if "pixel_values" in batch.inputs:  # then a sample is a row
+            image = f" ({self.measurement.score_rows[first].image_path})"
+        return f"scoring sample {first + 1}{image}, {length}, does"
 
     def _first_pass(self) -> Pass:
         fit = Fit(
@@ -263,34 +282,45 @@ class _Engine:
             checkpointing=False,
             formats=len(self.taps.recipes),
         )
-        if self.device.type == "cuda" and can_checkpoint(self.model):
-            need, free = self._expected_bytes()
-            logger.info(
-                "expected peak %.1f GiB if activations are kept, %.1f GiB are free",
-                need / 2**30,
-                free / 2**30,
+        if self.device.type == "cuda" and self._peaks is not None:
+            gpus = range(self.measurement.gpus)
+            there = float(sum(map(torch.cuda.memory_allocated, gpus)))
+            usable = float(
+                sum(torch.cuda.mem_get_info(g)[0] + torch.cuda.memory_reserved(g) for g in gpus)
             )
-            if need > FULL * free:
-                logger.info("activations are recomputed from the start")
-                fit = msgspec.structs.replace(fit, checkpointing=True)
+            fit = self._guess(fit, there, usable)
         return Pass(tuple(self.taps.recipes), fit)
 
-    def _expected_bytes(self) -> tuple[float, float]:
-        """Return bytes that a pass without checkpointing is expected to need, and those there."""
-        batch = self._micro_batch(self.measurement.score_batch_size, 0)
-        self.taps.held_bytes = 0
-        try:
-            with torch.no_grad(), self.taps.attached():
-                self.task.forward(self.model, batch)
-            held: float = self.taps.held_bytes
-        except torch.OutOfMemoryError:
-            held = math.inf
-        self.taps.held_bytes = None
-        gpus = range(self.measurement.gpus)
-        allocated = sum(map(torch.cuda.memory_allocated, gpus))
-        usable = sum(torch.cuda.mem_get_info(g)[0] + torch.cuda.memory_reserved(g) for g in gpus)
-        torch.cuda.empty_cache()
-        return expected_bytes(allocated, held), usable
+    def _guess(self, fit: Fit, there: float, usable: float) -> Fit:
+        """Return how the first pass is tried.
+
+        Args:
+            fit: how it goes where memory is no matter.
+            there: bytes that are allocated already.
+            usable: bytes in all.
+        """
+        assert self._peaks is not None
+        kept, recomputed = self._peaks
+        weights = float(sum(parameter.nbytes for parameter in self.model.parameters()))
+        more = max(0.0, there - weights)  # such as the calibrated ranges of blocks
+        found = first_fit(
+            fit,
+            weights=weights + more,
+            kept=kept + more,
+            recomputed=None if recomputed is None else recomputed + more,
+            usable=usable,
+            splittable=lambda: not self._coupled() and self._is_splittable(),
+        )
+        if found.checkpointing:
+            logger.info(
+                "activations are recomputed from the start: keeping them is expected to take "
+                "%.1f GiB of %.1f",
+                (kept + more) / 2**30,
+                usable / 2**30,
+            )
+        if found.micro_batch < fit.micro_batch:
+            logger.info("batches are split from the start, %d samples at a time", found.micro_batch)
+        return found
 
     def _coupled(self) -> list[QuantRecipe]:
         return [r for r, format in self.quantizers.formats.items() if couples_samples(format)]
@@ -303,23 +333,29 @@ class _Engine:
         has the same size for one sample as for two.
         """
         if self._splittable is None:
-            one, two = self._sizes_and_loss(0, 1), self._sizes_and_loss(1, 1)
-            both = self._sizes_and_loss(0, 2)
-            fixed = [name for name, size in both[0].items() if size == one[0].get(name)]
-            difference = abs(one[1] + two[1] - both[1])
-            slack = 1e-4 if self.dtype == torch.float32 else 2e-2
-            self._splittable = not fixed and difference <= slack * abs(both[1])
-            if not self._splittable:
-                logger.warning(
-                    "the batch is not split, because %s",
-                    f"the output of {fixed[0]} has no samples in it"
-                    if fixed
-                    else "its loss is not the sum of its samples' losses",
-                )
+            reason = self._why_not_split()
+            self._splittable = not reason
+            if reason:
+                logger.warning("the batch is not split, because %s", reason)
         return self._splittable
 
+    def _why_not_split(self) -> str:
+        try:
+            one, other = self._sizes_and_loss(0, 1), self._sizes_and_loss(1, 1)
+            both = self._sizes_and_loss(0, 2)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return "there is no memory to find out whether its loss is a sum over samples"
+        if fixed := without_samples(one[0], other[0], both[0]):
+            return f"the output of {fixed[0]} has no samples in it"
+        slack = 1e-4 if self.dtype == torch.float32 else 2e-2
+        if not abs(one[1] + other[1] - both[1]) <= slack * abs(both[1]):
+            return "its loss is not the sum of its samples' losses"
+        return ""
+
     def _sizes_and_loss(self, start: int, count: int) -> tuple[dict[str, int], float]:
-        batch = self._micro_batch(count, start)
+        batch = self._micro_batch(count, start).to(self.device, self.dtype)
         sizes: dict[str, int] = {}
         names = {module: name for name, module in self.model.named_modules()}
         handles = [
@@ -341,17 +377,32 @@ class _Engine:
     # --- the check against stock ---------------------------------------------------------------
 
     def _to_check(self) -> list[str]:
-        """Return some groups of the forward pass, evenly spread over the model."""
-        called = [handle for handle in self.taps.handles if handle in self.taps.called]
-        count = min(CHECKED_GROUPS, len(called))
-        return [called[(2 * index + 1) * len(called) // (2 * count)] for index in range(count)]
+        """Return some groups of the forward pass, evenly spread over the model.
 
-    def _compare(self, scores: Tensor, recipes: Sequence[QuantRecipe]) -> Agreement:
-        largest, groups = 0.0, []
+        Before the first step nothing is known but which groups were called; those that no gradient
+        reached are left to the next step, which takes others instead.
+        """
+        called = [handle for handle in self.taps.handles if handle in self.taps.called]
+        pool = self._reached() or called
+        count = min(CHECKED_GROUPS, len(pool))
+        return [pool[(2 * index + 1) * len(pool) // (2 * count)] for index in range(count)]
+
+    def _reached(self) -> list[str]:
+        return [handle for handle in self.taps.handles if self.taps.reached(handle) == "scored"]
+
+    def _compare(self, scores: Tensor, recipes: Sequence[QuantRecipe]) -> None:
+        """Hold the formats of a pass against what stock gives, and note how far they agree.
+
+        Raises:
+            LayersenseError: they do not.
+        """
+        before = self.agreement or Agreement(groups=[], largest_difference=0.0)
+        largest, groups = before.largest_difference, list(before.groups)
         for handle, found in self.taps.checked.items():
             if not found:
                 continue
-            groups.append(handle)
+            if handle not in groups:
+                groups.append(handle)
             row = scores[self.taps.handles.index(handle)]
             for recipe in recipes:
                 ours = float(row[self.taps.column[recipe]])
@@ -367,8 +418,11 @@ class _Engine:
                         f"where ModelOpt's own forward gives {stock:g}; set `engine: modelopt` of "
                         "the run, and report this model"
                     )
+        compared = sum(bool(found) for found in self.taps.checked.values())
+        if compared >= min(CHECKED_GROUPS, len(self._reached())):
+            self._checked.update(self.taps.columns)
         self.taps.checked = {}
-        return Agreement(groups=groups, largest_difference=float(f"{largest:.2g}"))
+        self.agreement = Agreement(groups=groups, largest_difference=float(f"{largest:.2g}"))
 
     # --- batches -------------------------------------------------------------------------------
 
@@ -381,10 +435,10 @@ class _Engine:
         return self._micro[size]
 
     def _micro_batch(self, size: int, start: int) -> Batch:
-        return self._batches(size).at(start).to(self.device, self.dtype)
+        return self._batches(size).at(start)
 
     def _prefetched(self, batches: Sequence[Batch]) -> Iterator[Batch]:
-        """Yield batches on the device; the next one is put together while one is in use."""
+        """Yield batches; the next one is put together while one is in use."""
         with ThreadPoolExecutor(max_workers=1) as worker:
             ahead = worker.submit(batches.__getitem__, 0) if len(batches) else None
             for index in range(len(batches)):
@@ -392,7 +446,7 @@ class _Engine:
                 batch = ahead.result()
                 if index + 1 < len(batches):
                     ahead = worker.submit(batches.__getitem__, index + 1)
-                yield batch.to(self.device, self.dtype)
+                yield batch
 
     @contextmanager
     def _checkpointing(self, on: bool) -> Iterator[None]:
@@ -442,11 +496,9 @@ class _Engine:
         names = [format.name for format in self.formats]
         logger.info("%s", describe_work(self.quantizers.groups.values(), names))
         logger.info("%d calibration and %d scoring batches", n_calibration, n_scoring)
-        groups, batch = self.quantizers.groups, self.scoring.batches[0]
-        config = getattr(self.model, "config", None)
-        held = held_by_shapes(groups, self.task.describe, batch, config)
-        if held is not None:
-            kept, recomputed = expected_peaks(self.model, groups, held, batch.n_tokens)
+        self._peaks = self._expected_peaks()
+        if self._peaks is not None:
+            kept, recomputed = self._peaks
             logger.info(
                 "expected peak memory about %.3g GiB%s",
                 kept / 2**30,
@@ -454,6 +506,23 @@ class _Engine:
                 if recomputed is None
                 else f", {recomputed / 2**30:.3g} GiB if activations are recomputed",
             )
+
+    def _expected_peaks(self) -> tuple[float, float | None] | None:
+        """Return the expected peaks in bytes; None if even a forward pass does not fit."""
+        groups, batch = self.quantizers.groups, self.scoring.batches[0]
+        config = getattr(self.model, "config", None)
+        held = held_by_shapes(groups, self.task.describe, batch, config)
+        if held is None:
+            try:
+                there = batch.to(self.device, self.dtype)
+                held = held_by_running(
+                    self.model, groups, lambda: self.task.forward(self.model, there)
+                )
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                return None
+        return expected_peaks(self.model, groups, held, batch.n_tokens)
 
     def _log_seconds(self) -> None:
         logger.info(

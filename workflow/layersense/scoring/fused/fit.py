@@ -1,7 +1,7 @@
 """What to reduce when memory runs out, in which order, and what may not be reduced."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,14 @@ from torch import nn
 from layersense.quantization.formats import Format
 from layersense.scoring.scores import Fit
 
-HELD_FACTOR = 2.2
+HELD_FACTOR = 1.75
 """Memory of a pass without checkpointing, as a multiple of all X and Y that taps hold: autograd
-keeps about as much for the operations between them. Seen: Qwen2.5-VL, Llama."""
+keeps nearly as much for the operations between them. Seen: Qwen2.5 of 0.5 B, 3 B and 7 B."""
 LOSS_COPIES = 3
-"""Float32 tensors of the size of the supervised logits that a cross entropy and its gradient take.
-Seen: 151,936 and 152,064 classes."""
+"""Float32 tensors of the size of the supervised logits at the peak of a cross entropy: the log
+probabilities that it keeps, and the gradients at both ends of its softmax."""
+WEIGHT_COPIES = 4
+"""The largest weight, quantized, and what its quantizer and the formats' outputs take beside it."""
 FULL = 0.92
 """Share of the free memory above which a pass is expected not to fit."""
 
@@ -72,19 +74,26 @@ def _part(what: Pass, recipes: tuple[QuantRecipe, ...], note: str, **changes: in
     return Pass(recipes, fit, (*what.back_offs, note))
 
 
-def expected_bytes(weights: float, held: float, logits: int = 0) -> float:
+def expected_bytes(weights: float, held: float, logits: int = 0, largest: float = 0) -> float:
     """Return the memory that a pass is expected to need where activations are kept.
+
+    The loss is gone by the time the first layer is scored.
 
     Args:
         weights: bytes of the weights, and of whatever else is there before a pass.
         held: bytes of all X and Y that taps hold.
         logits: how many logits are supervised.
+        largest: bytes of the largest weight that is quantized.
     """
-    return weights + HELD_FACTOR * held + LOSS_COPIES * 4 * logits
+    return weights + HELD_FACTOR * held + max(LOSS_COPIES * 4 * logits, WEIGHT_COPIES * largest)
 
 
 def expected_bytes_recomputed(
-    weights: float, outside: float, blocks: Sequence[tuple[float, float]], logits: int = 0
+    weights: float,
+    outside: float,
+    blocks: Sequence[tuple[float, float]],
+    logits: int = 0,
+    largest: float = 0,
 ) -> float:
     """Return the same where activations of checkpointed blocks are recomputed.
 
@@ -95,10 +104,61 @@ def expected_bytes_recomputed(
         outside: bytes of X and Y outside of the blocks, such as those of the head.
         blocks: bytes of each block's input, and of all X and Y within it.
         logits: as above.
+        largest: as above.
     """
     inputs = sum(block[0] for block in blocks)
-    largest = max((block[1] for block in blocks), default=0.0)
-    return expected_bytes(weights, outside + largest, logits) + inputs
+    within = max((block[1] for block in blocks), default=0.0)
+    return expected_bytes(weights, outside + within, logits, largest) + inputs
+
+
+def first_fit(
+    wanted: Fit,
+    *,
+    weights: float,
+    kept: float,
+    recomputed: float | None,
+    usable: float,
+    splittable: Callable[[], bool],
+) -> Fit:
+    """Return how a pass is tried first, so that it is expected to fit.
+
+    Activations are recomputed where they do not fit otherwise, then the batch is halved.
+
+    Args:
+        wanted: how a pass goes where memory is no matter.
+        weights: bytes that are there before a pass.
+        kept: expected peak in bytes with all activations kept.
+        recomputed: the same with activations recomputed; None where the model cannot do so.
+        usable: bytes in all that a pass may use, the weights among them.
+        splittable: whether the batch may be split; asked only if it has to be.
+    """
+    limit = FULL * usable
+    fit, need = wanted, kept
+    if need > limit and recomputed is not None:
+        fit, need = msgspec.structs.replace(fit, checkpointing=True), recomputed
+    size = fit.micro_batch
+    while size > 1 and weights + (need - weights) * size / wanted.micro_batch > limit:
+        if size == wanted.micro_batch and not splittable():
+            break
+        size = _half(size)
+    return msgspec.structs.replace(fit, micro_batch=size)
+
+
+def without_samples(
+    one: Mapping[str, int], other: Mapping[str, int], both: Mapping[str, int]
+) -> list[str]:
+    """Return the modules whose output has no samples in it, such as a table of position biases.
+
+    The output of two samples together is no larger than that of one of them.
+
+    Args:
+        one: module → elements of its output for a sample.
+        other: the same for another sample, which may be longer or shorter.
+        both: the same for both in one batch, padded to the longer one.
+    """
+    return [
+        name for name, size in both.items() if size <= max(one.get(name, 0), other.get(name, 0))
+    ]
 
 
 def couples_samples(format: Format) -> bool:

@@ -98,7 +98,16 @@ def expected_peaks(
     total = float(sum(sum(sizes) for sizes in held.values()))
     heads = [module for name, module in model.named_modules() if name.endswith("lm_head")]
     logits = n_tokens * max((getattr(head, "out_features", 0) for head in heads), default=0)
-    kept = expected_bytes(weights, total, logits)
+    largest = max(
+        (
+            float(parameter.nbytes)
+            for hparam in groups.values()
+            for module in hparam.quant_modules
+            for parameter in module.parameters()
+        ),
+        default=0.0,
+    )
+    kept = expected_bytes(weights, total, logits, largest)
     blocks = _blocks(model)
     if not blocks:
         return kept, None
@@ -115,7 +124,7 @@ def expected_peaks(
             # The first layer of a block sees what the block sees.
             entry[block] = entry[block] or inputs
     return kept, expected_bytes_recomputed(
-        weights, outside, [(entry[block], within[block]) for block in blocks], logits
+        weights, outside, [(entry[block], within[block]) for block in blocks], logits, largest
     )
 
 

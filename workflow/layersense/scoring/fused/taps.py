@@ -51,13 +51,10 @@ class Taps:
         """Groups to score as stock does, too → format → their scores."""
         self.stopwatch: dict[str, float] | None = None
         """Seconds by format, while they are taken; needs a synchronized device."""
-        self.held_bytes: int | None = None
-        """Bytes of all X and Y of a forward pass without gradients, while they are counted."""
         self.shared_inputs = _SharedInputs()
         self.graphs = graphs.Graphs()
         self.column = {recipe: index for index, recipe in enumerate(self.recipes)}
         self.activate(self.recipes)
-        self._last_input = 0
         self._scored: list[tuple[int, Sequence[int], Tensor]] = []
         self._seen: list[tuple[int, Tensor]] = []
         self._reached: set[int] = set()
@@ -88,8 +85,7 @@ class Taps:
         """
         total = torch.zeros(len(self.handles), len(self.recipes), dtype=torch.float64)
         scored, seen = self._scored, self._seen
-        self._scored, self._seen = [], []
-        self.shared_inputs.clear()
+        self.forget()
         for (group, columns, _), values in zip(
             scored, _to_cpu([tensor for _, _, tensor in scored]), strict=True
         ):
@@ -98,6 +94,11 @@ class Taps:
             if value.item():
                 self._reached.add(group)
         return total
+
+    def forget(self) -> None:
+        """Forget what was scored since the last :meth:`take`."""
+        self._scored, self._seen = [], []
+        self.shared_inputs.clear()
 
     def reached(self, handle: str) -> Reached:
         """Return whether the loss reached a group so far."""
@@ -113,16 +114,6 @@ class Taps:
         """Note that a gradient reached a group, if it is not zero."""
         if group not in self._reached:
             self._seen.append((group, (gradient != 0).any().view(1)))
-
-    def count(self, tensors: Sequence[Any]) -> None:
-        """Add the bytes of an output and of inputs, unless the call before had the same input."""
-        assert self.held_bytes is not None
-        output, *inputs = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-        self.held_bytes += output.nbytes
-        for tensor in inputs:
-            if tensor.data_ptr() != self._last_input:
-                self.held_bytes += tensor.nbytes
-            self._last_input = tensor.data_ptr()
 
     def hparam(self, group: int) -> QuantRecipeHparam:
         """Return ModelOpt's handle of a group."""
@@ -187,8 +178,6 @@ class _Site:
         self.taps.called.update(self.taps.handles[group] for group in self.groups)
         output = self.run(*args, **kwargs)
         first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        if self.taps.held_bytes is not None:
-            self.taps.count([first, *pytree.tree_leaves((args, kwargs))])
         if not torch.is_grad_enabled():
             return output
         if not first.requires_grad:
