@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -407,6 +408,23 @@ def test_rows_are_rounded_up_by_an_eighth_at_most(rows: int) -> None:
     assert rows <= more <= rows * 9 / 8
     assert graphs.round_up_rows(more) == more
     assert len({graphs.round_up_rows(n) for n in range(512, 1024)}) <= 9
+
+
+def test_the_log_says_first_what_is_measured_and_last_where_the_time_went(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "layersense")
+    run_fused(measurement(), INT8, FP8)
+    first, batches, memory, *_, last = caplog.messages
+    # Two quantizers, of input and weight, for each of 5 modules under 2 formats.
+    assert first == f"5 layer groups of 5 modules, 2 formats (20 quantizers): {INT8}, {FP8}"
+    assert batches == "3 calibration and 2 scoring batches"
+    assert memory.startswith("expected peak memory about ")
+    found = re.findall(r"([^ ,][^,]*(?:, one batch)?) (\d+\.\d\d) s", last)
+    phases = [name.removeprefix("where the time went: ") for name, _ in found]
+    assert {"load", "insert quantizers", "calibrate", "forward", "backward", "score"} < set(phases)
+    assert {f"ΔY {INT8}, one batch", f"ΔY {FP8}, one batch"} < set(phases)
+    assert any("left" in text for text in caplog.messages)  # after two steps
 
 
 # --- memory ------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,6 +150,18 @@ class Interrupted(Toy):
         if self.calls + 1 == self.stop_at:
             raise KeyboardInterrupt
         return super().forward(model, batch)
+
+
+def test_kl_div_says_first_how_long_it_will_take(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    clock = SimpleNamespace(perf_counter=count(0, 2).__next__)  # two seconds between two looks
+    monkeypatch.setattr(modelopt_engine, "time", clock)
+    run(measurement(method="kl_div", score_batch_size=2), INT8, FP8)
+    told = [text for text in caplog.messages if text.startswith("kl_div runs the model")]
+    # Five groups under two formats and once without any, 4 batches.
+    assert told == ["kl_div runs the model 11 times for each of 4 batches: about 1 min 28 s"]
 
 
 def test_kl_div_goes_on_where_a_killed_job_stopped(

@@ -1,7 +1,9 @@
 """The DAG as data: a switch of the config, a dry run, and the jobs that it plans."""
 
 import json
+import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +124,35 @@ def test_each_run_on_gpus_asks_for_them(project: Project, tmp_path: Path) -> Non
         "score/demo.image-text": 2,
         "verify/demo.image-text": 2,
     }
+
+
+def test_on_a_cluster_an_extension_is_built_on_a_gpu_into_the_cache_of_the_jobs(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make_project(tmp_path / "study", repository)
+    config = default_config(project)
+    config["runs"]["demo.captions"]["device"] = "cuda"
+    config["extensions"] = str(tmp_path / "shared folder")
+    project.config_file.write_text(yaml.safe_dump(config))
+    target = "results/demo.captions/scores.json"
+    outcome = dry_run(project, target, "--printshellcmds")
+    # On one machine a build takes no GPU from the jobs that need one.
+    assert gpus(planned(outcome.output)) == {"score/demo.captions": 1}
+    for stage in ("extension fp8", "score demo.captions"):
+        (command,) = re.findall(rf"-m layersense {stage} .*", outcome.output)
+        words = shlex.split(command)
+        assert words[words.index("--cache") + 1] == config["extensions"]
+    # A cluster that takes no job: what it would have been asked for is printed before.
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("sbatch", "sinfo", "sacct", "squeue", "scancel"):
+        (programs / name).write_text("#!/bin/sh\nexit 1\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    cluster = ("--executor", "slurm", "--jobs", "1", "--slurm-status-command", "squeue")
+    soon = "--slurm-init-seconds-before-status-checks=1"
+    refused = project.run("results/extensions/fp8.json", *cluster, soon, check=False)
+    assert gpus(planned(refused.output)) == {"extension/fp8": 1}, refused.output
 
 
 def test_gpu_jobs_of_larger_models_go_first(project: Project, tmp_path: Path) -> None:

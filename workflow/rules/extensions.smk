@@ -14,8 +14,8 @@ rule extension:
     threads: 2
     resources:
         # It only asks which GPU there is: here builds need not queue for it, elsewhere a node that
-        # has one is needed.
-        gpu=1 if workflow.non_local_exec else 0,
+        # has one is needed. The executor is known once rules have been read.
+        gpu=lambda wildcards: 1 if workflow.non_local_exec else 0,
         mem_mb=lambda wildcards, attempt: 8_000 * attempt,
         runtime=lambda wildcards, attempt: 30 * attempt,
     params:

@@ -26,6 +26,7 @@ from layersense.models.checkpoints import Checkpoint
 from layersense.models.loading import without_weights
 from layersense.models.tasks import get_task
 from layersense.models.tasks.protocol import Batch, Loaded, Task
+from layersense.progress import duration
 from layersense.quantization.formats import format_from_settings
 from layersense.scoring.fused.held import expected_peaks, held_by_running, held_by_shapes
 from layersense.scoring.fused.quantizers import Quantizers
@@ -84,7 +85,7 @@ class Estimate:
                 else ""
             )
             yield f"  memory   about {_gib(self.peak)}{recomputed} ({self.note})"
-        time = "not known" if self.seconds is None else f"about {_duration(self.seconds)}"
+        time = "not known" if self.seconds is None else f"about {duration(self.seconds)}"
         yield f"  time     {time}: {self.rate}"
 
 
@@ -254,9 +255,7 @@ def _seconds(scores: Scores | None, batches: _Batches) -> tuple[float | None, st
     seconds = entry.seconds
     per_batch = seconds.get("score", 0.0) / max(1, len(entry.batches.tokens))
     before = sum(
-        duration
-        for phase, duration in seconds.items()
-        if phase.startswith(("load", "insert", "calibrate"))
+        wall for phase, wall in seconds.items() if phase.startswith(("load", "insert", "calibrate"))
     )
     return before + per_batch * n_scoring, (
         f"as when the run was measured before, {entry.fit.formats} format(s) at "
@@ -283,11 +282,3 @@ def _gib(size: float) -> str:
 
 def _parameters(count: int) -> str:
     return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

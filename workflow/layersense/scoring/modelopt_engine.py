@@ -23,6 +23,7 @@ from torch import nn
 
 from layersense.errors import LayersenseError
 from layersense.models.tasks.protocol import Batch, Loaded
+from layersense.progress import duration
 from layersense.quantization.formats import Format
 from layersense.quantization.modelopt_formats import joint_calls, modelopt_config
 from layersense.scoring.in_progress import Completed
@@ -270,10 +271,10 @@ class _Steps:
         passes = 1 + len(self.recorder.hparams) * len(self.recorder.recipes)
         batches = len(self.scoring) - self.skipped
         logger.info(
-            "kl_div runs the model %d times for each of %d batches: about %.1f hours",
+            "kl_div runs the model %d times for each of %d batches: about %s",
             passes,
             batches,
-            passes * batches * seconds / 3600,
+            duration(passes * batches * seconds),
         )
 
     def _begin_batch(self, model: nn.Module, index: int) -> Batch:

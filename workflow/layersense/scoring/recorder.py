@@ -84,7 +84,7 @@ class Recorder:
             raise LayersenseError(
                 f"{names[0].removesuffix('.quant_recipe')}: is called several times in one forward "
                 f"({len(names)} such group(s)), which engine `modelopt` scores wrongly; "
-                "exclude the model or use an engine that sums over calls"
+                "set `engine: fused` of the run, which sums over the calls"
             )
         self._calls_in_batch.clear()
         slots: list[tuple[str, str]] = []
