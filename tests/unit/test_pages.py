@@ -16,7 +16,7 @@ import result_files as rf
 import score_files as sf
 import vl_convert
 from PIL import Image
-from result_files import FP8, INT4
+from result_files import FP8, INT4, INT8
 
 from layersense import config
 from layersense.errors import LayersenseError
@@ -38,6 +38,7 @@ from layersense.reports.measured import read_measured
 from layersense.reports.overview import read_results
 from layersense.reports.page import inline_script, pack
 from layersense.reports.result import Result, read_frontier, read_result, read_table, tail
+from layersense.reports.text import size
 from layersense.verification.plan import Role
 
 FIGURES = {f"{name}.{kind}" for name in ("depth", "heatmap", "frontier") for kind in ("svg", "png")}
@@ -328,6 +329,32 @@ def drawn(result, name, width):
     marks = re.findall(r'<g class="mark-rect role-mark[^>]*[^/]>(.*?)</g>', svg, re.DOTALL)
     cells = sum(part.count("<path") for part in marks)
     return {text: (float(x), float(y)) for x, y, text in texts}, cells
+
+
+def test_the_page_says_what_is_proven_of_the_choice_and_what_noise_could_flip(tmp_path, render):
+    scores = sf.make_scores(formats=(FP8, INT8))
+    for handle, group in scores.formats[INT8].groups.items():
+        # The same damage as FP8 but for noise, so that nothing tells the two apart.
+        noise = [1.02, 0.97, 1.03, 0.98]
+        own = scores.formats[FP8].groups[handle].batch_scores
+        group.batch_scores = [value * factor for value, factor in zip(own, noise, strict=True)]
+    place = rf.write_result(tmp_path, scores, quant_formats=[FP8, INT8],
+                            effective_bits=11, cost_excluded=["*visual*"])  # fmt: skip
+    manifest = json.loads((place / "manifest.json").read_text())
+    state, text = manifest["autoquant_state"], Page(render(place)).text
+    assert "No other choice within this budget is predicted to do better" in text
+    before, after = (size(state[f"checkpoint_bytes{end}"]) for end in ("_before", ""))
+    assert f"what was never searched, goes from {before} to {after}." in text
+    assert "weights, of which the choice takes" in text
+    assert "layers that match *visual* do not count" in text
+    flips = {h: g["flips_to"] for h, g in manifest["layer_sensitivity"].items() if g["flips_to"]}
+    assert flips
+    assert read_result(place / "layers.parquet").about.flips == flips
+    assert "lies within the noise of the scores, for" in text
+    assert "Behind by at most" in text
+    plain = Page(render(rf.write_result(tmp_path / "plain"))).text
+    assert "noise of the scores, for" not in plain
+    assert "of which the choice takes" not in plain
 
 
 def test_every_role_of_a_measured_recipe_is_drawn_or_left_to_the_table(tmp_path):

@@ -128,7 +128,7 @@ def test_unreached_and_unknown_scores_have_no_rank(tmp_path):
 
 def test_metadata_compression_and_dictionaries(table):
     schema = pq.read_schema(table)
-    assert schema.metadata[b"layersense.schema_version"] == b"5"
+    assert schema.metadata[b"layersense.schema_version"] == b"6"
     assert set(read_units(table)) <= set(COLUMNS)
     for field in schema:
         assert not pa.types.is_string(field.type), f"{field.name} is not dictionary-encoded"

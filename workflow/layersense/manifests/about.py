@@ -49,6 +49,8 @@ class About(msgspec.Struct, kw_only=True):
     """Versions and hardware, by format."""
     measurements: dict[str, Measurement]
     """By format."""
+    flips: dict[str, str]
+    """Handle → format that the group could take within the noise of the scores instead."""
 
 
 def describe(manifest: Manifest) -> About:
@@ -79,6 +81,11 @@ def describe(manifest: Manifest) -> About:
                 seed=_seed(run.settings.get("sampling")),
             )
             for name, run in manifest.run.items()
+        },
+        flips={
+            handle: group.flips_to
+            for handle, group in manifest.layer_sensitivity.items()
+            if group.flips_to is not None
         },
     )
 

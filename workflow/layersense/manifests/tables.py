@@ -17,7 +17,7 @@ from layersense.manifests.schema import Manifest
 from layersense.manifests.stability import TOP
 from layersense.quantization.formats import NONE
 
-TABLE_VERSION = 5
+TABLE_VERSION = 6
 ROW_GROUP = 1 << 16
 """Rows from which on a row group of ``sensitivity.parquet`` is written."""
 BYTES_PER_COST = 2

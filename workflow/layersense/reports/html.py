@@ -24,7 +24,10 @@ from layersense.reports.figures import write_figures
 from layersense.reports.markdown import (
     all_findings,
     budget_text,
+    checkpoint_text,
+    denominator_text,
     finding_counts,
+    proof_text,
     score_text,
     score_unit,
     target_text,
@@ -166,7 +169,15 @@ def page_context(
         else [],
         "few_baselines": len(baselines) == 1,
         "asked": budget_text(about.state.budget) if about else None,
+        "proof": proof_text(about.state) if about else None,
+        "checkpoint": checkpoint_text(about.state) if about else None,
+        "denominator": denominator_text(about.state, about.scheme) if about else None,
         "target": target_text(about.state) if about else None,
+        "flips": [
+            (group.layer, group.selected, about.flips[group.handle])
+            for group in result.ranked
+            if about and group.handle in about.flips
+        ],
         "small": len(result.groups) <= SMALL,
         "heatmap_width": _heatmap_width(result),
         "data": {

@@ -1,7 +1,7 @@
 """Markdown reports: one for each scheme, and the page that shows them side by side."""
 
 import posixpath
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from layersense.manifests.schema import (
     Finding,
     FormatRun,
     Manifest,
+    Scheme,
     plain_name,
 )
 from layersense.quantization.formats import NONE
@@ -33,7 +34,18 @@ from layersense.reports.result import (
     read_result,
     read_table,
 )
-from layersense.reports.text import Markdown, bits, code, escape, join, number, plain, render
+from layersense.reports.text import (
+    Markdown,
+    bits,
+    code,
+    count,
+    escape,
+    join,
+    number,
+    plain,
+    render,
+    size,
+)
 
 SEVERITIES = ["error", "warning", "info"]
 MAX_FORMAT_COLUMNS = 4
@@ -44,6 +56,8 @@ STRIP_CELLS = 32
 """Cells of the strip along depth at most."""
 MAX_COMPARED = 10
 """Results of one model up to which the summary compares any two."""
+PROVEN = 1e-6
+"""Gap below which a choice is called the best."""
 MAX_POINTS = 7
 """Points of the frontier that the report shows, beside the knee, the choice and the baselines."""
 FRONTIER_COLUMNS = [
@@ -150,6 +164,9 @@ def report_context(
         ],
         "per": score_unit(result.modality),
         "budget": budget_text(manifest.autoquant_state.budget),
+        "proof": proof_text(manifest.autoquant_state),
+        "checkpoint": checkpoint_text(manifest.autoquant_state),
+        "denominator": denominator_text(manifest.autoquant_state, manifest.scheme, code),
         "target": target_text(manifest.autoquant_state),
         "recipes": _recipes(frontier, result.formats),
         "few_baselines": len(named_baselines(result.formats)) == 1,
@@ -283,6 +300,43 @@ def budget_text(budget: Budget) -> str:
     if budget.kind == "bits":
         return f"{bits(budget.limit)} bits"
     return f"{number(budget.limit)} {budget.unit}"
+
+
+def proof_text(state: AutoQuantizeState) -> str:
+    """Return how much better another choice could be at most."""
+    more = f" by more than {number(100 * state.gap)} %" if state.gap >= PROVEN else ""
+    return f"No other choice within this budget is predicted to do better{more}."
+
+
+def checkpoint_text(state: AutoQuantizeState) -> str:
+    """Return what the choice makes of the whole checkpoint."""
+    before, after = size(state.checkpoint_bytes_before), size(state.checkpoint_bytes)
+    return f"The whole checkpoint, with what was never searched, goes from {before} to {after}."
+
+
+def denominator_text(
+    state: AutoQuantizeState, scheme: Scheme, quote: Callable[[str], str] = str
+) -> Markdown | None:
+    """Return which weights the bits average over; None where they are all that was searched.
+
+    Args:
+        state: the choice.
+        scheme: what was asked.
+        quote: how patterns of names are written.
+    """
+    weights = state.budget.counted_weights
+    if weights is None:
+        return None
+    parts = []
+    if scheme.cost_excluded:
+        names = join([Markdown(quote(name)) for name in scheme.cost_excluded])
+        parts.append(f"layers that match {names} do not count")
+    if scheme.active_expert_ratio is not None:
+        parts.append(f"routed experts count by {number(scheme.active_expert_ratio)}")
+    return Markdown(
+        f"The bits asked for are an average over {count(int(weights))} weights, of which the "
+        f"choice takes {bits(state.budget.used)}: {', and '.join(parts)}."
+    )
 
 
 def target_text(state: AutoQuantizeState) -> str | None:
