@@ -344,7 +344,8 @@ def test_the_page_says_what_is_proven_of_the_choice_and_what_noise_could_flip(tm
     state, text = manifest["autoquant_state"], Page(render(place)).text
     assert "No other choice within this budget is predicted to do better" in text
     before, after = (size(state[f"checkpoint_bytes{end}"]) for end in ("_before", ""))
-    assert f"what was never searched, goes from {before} to {after}." in text
+    assert f"better. The whole checkpoint, with what was never searched, goes from {before}" in text
+    assert f"to {after}. The bits asked for" in text
     assert "weights, of which the choice takes" in text
     assert "layers that match *visual* do not count" in text
     flips = {h: g["flips_to"] for h, g in manifest["layer_sensitivity"].items() if g["flips_to"]}

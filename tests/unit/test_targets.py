@@ -250,7 +250,9 @@ def test_the_report_names_the_price():
     text = target_text(state)
     extra = state.minimized - state.deployment.minimized_without
     assert "loaded by vLLM (3 groups may take fewer formats)" in text
-    assert f"adds {number(extra)} (+" in text
+    assert f"adds {number(extra)} to the damage (+" in text
+    state.deployment.minimized_without = state.minimized / 20
+    assert "to the damage (20.0 times it)" in target_text(state)
     assert target_text(decide().autoquant_state) is None
 
 

@@ -56,6 +56,8 @@ STRIP_CELLS = 32
 """Cells of the strip along depth at most."""
 MAX_COMPARED = 10
 """Results of one model up to which the summary compares any two."""
+MANY_TIMES = 10
+"""Ratio of two damages from which on it is told as such, and not in per cent."""
 PROVEN = 1e-6
 """Gap below which a choice is called the best."""
 MAX_POINTS = 7
@@ -351,8 +353,11 @@ def target_text(state: AutoQuantizeState) -> str | None:
     if len(found.together) > 1:
         parts.append(f"the formats fall into {len(found.together)} sets that do not mix")
     extra = state.minimized - found.minimized_without
-    share = f" (+{100 * extra / found.minimized_without:.3g} %)" if found.minimized_without else ""
-    price = f"adds {number(extra)}{share} to the damage" if extra > 0 else "adds no damage"
+    price = f"adds {number(extra)} to the damage" if extra > 0 else "adds no damage"
+    if extra > 0 and found.minimized_without:
+        ratio = state.minimized / found.minimized_without
+        rise = f"+{100 * (ratio - 1):.3g} %" if ratio < MANY_TIMES else f"{number(ratio)} times it"
+        price += f" ({rise})"
     asks = f" ({'; '.join(parts)})" if parts else ""
     return f"Every recipe here can be loaded by {title}{asks}, which {price} at this budget."
 
