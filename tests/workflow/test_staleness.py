@@ -138,10 +138,33 @@ def test_more_groups_to_verify_measure_those_alone(verified: Project) -> None:
     jobs = verified.run().jobs
     assert jobs == VERIFYING
     after = verified.json("llm.words/verification.json")
-    assert after["recipes"] == before["recipes"]
+    assert {name: after["recipes"][name] for name in before["recipes"]} == before["recipes"]
+    # More groups can give another recipe from measured damage.
+    assert len(after["recipes"]) <= len(before["recipes"]) + 1
     for format, groups in before["singles"].items():
         assert {handle: after["singles"][format][handle] for handle in groups} == groups
         assert len(after["singles"][format]) > len(groups)
+
+
+def test_refining_measures_recipes_alone_and_writes_one_to_ship(verified: Project) -> None:
+    before = verified.json("llm.words/verification.json")
+    verified.edit(lambda config: config["runs"]["llm.words"]["verify"].update(refine=6))
+    assert verified.run().jobs == VERIFYING | {"refined/llm.words/fp8"}
+    after = verified.json("llm.words/verification.json")
+    assert after["singles"] == before["singles"]
+    assert {name: after["recipes"][name] for name in before["recipes"]} == before["recipes"]
+    assert 1 <= len(after["recipes"]) - len(before["recipes"]) <= 6
+    log = (verified.results / "logs/verify/llm.words.log").read_text()
+    assert "to measure: 0 single groups, " in log
+    own = verified.json("llm.words/fp8/quant_config.json")
+    refined = verified.json("llm.words/fp8/refined/quant_config.json")
+    assert refined.keys() == own.keys()
+    assert refined["effective_bits"] <= own["effective_bits"] * (1 + 1e-9)
+    report = (verified.results / "llm.words/fp8/layer-sensitivity-report.md").read_text()
+    assert "| refined by swaps |" in report
+    assert "On the half of the rows that tuned neither" in report
+    assert not (verified.results / "llm.words/.verification.json.rounds").exists()
+    assert verified.run().jobs == set()
 
 
 def test_frozen_shows_what_was_verified_and_measures_nothing(verified: Project) -> None:

@@ -253,6 +253,20 @@ def verification(
 
 
 @app.command(rich_help_panel=RULES)
+def refined(
+    manifest: Manifest,
+    measured: Annotated[Path, typer.Option(help="What was measured on the held-out rows.")],
+    settings: Settings,
+    out: Out,
+) -> None:
+    """Write the manifest of a scheme with the recipe that `refine` found."""
+    from layersense.config import Verify
+    from layersense.verification.refine import write_refined
+
+    write_refined(manifest, measured, Verify.model_validate(settings), out)
+
+
+@app.command(rich_help_panel=RULES)
 def export(
     manifest: Manifest,
     model: Annotated[Path, typer.Option(help="Record of the checkpoint.")],

@@ -300,6 +300,8 @@ class Verify(Section):
     """Recipes of each scheme's frontier to measure."""
     random: int = Field(20, ge=0)
     """Random recipes within 0.05 bits of each scheme's choice, to compare with."""
+    refine: int = Field(0, ge=0)
+    """Recipes to measure for each scheme in search of a better one at its bits, by swaps."""
 
 
 class Run(Section):

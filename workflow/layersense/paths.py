@@ -100,6 +100,11 @@ def recipe_yaml(run: str, scheme: str) -> str:
     return f"{RESULTS}/{run}/{scheme}/recipe.yaml"
 
 
+def refined(run: str, scheme: str, file: str) -> str:
+    """Return a file of the scheme's refined recipe: manifest, ModelOpt configs, recipe.yaml."""
+    return f"{RESULTS}/{run}/{scheme}/refined/{file}"
+
+
 def report_markdown(run: str, scheme: str) -> str:
     """Return the Markdown report of one scheme."""
     return f"{RESULTS}/{run}/{scheme}/layer-sensitivity-report.md"

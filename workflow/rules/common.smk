@@ -121,7 +121,16 @@ def targets(stage):
             paths.sensitivity(),
             paths.runs(),
         ],
-        "recipes": [*per_scheme(paths.quant_config), *per_scheme(paths.recipe_yaml)],
+        "recipes": [
+            *per_scheme(paths.quant_config),
+            *per_scheme(paths.recipe_yaml),
+            *[
+                paths.refined(run, scheme, "quant_config.json")
+                for run, entry in CONFIG.runs.items()
+                if entry.verify and entry.verify.refine
+                for scheme in entry.schemes
+            ],
+        ],
         "verification": [
             paths.verification_table(run)
             for run, entry in CONFIG.runs.items()

@@ -68,3 +68,30 @@ rule recipe:
         PYTHON
         + " -m layersense recipe --manifest {input.manifest:q} --out {output.config:q}"
         " --yaml {output.yaml:q} > {log:q} 2>&1"
+
+
+rule refined_recipe:
+    """The recipe that measuring whole recipes found, in the same files as the scheme's own."""
+    input:
+        manifest=paths.manifest("{run}", "{scheme}"),
+        measured=measured_verification,
+    output:
+        manifest=paths.refined("{run}", "{scheme}", "manifest.json"),
+        config=paths.refined("{run}", "{scheme}", "quant_config.json"),
+        yaml=paths.refined("{run}", "{scheme}", "recipe.yaml"),
+    log:
+        paths.log("refined", "{run}", "{scheme}"),
+    benchmark:
+        paths.benchmark("refined", "{run}", "{scheme}")
+    conda:
+        environment("report")
+    params:
+        settings=slice_of(settings.verify_options, "run"),
+        version=f"refined-{VERIFICATION_TABLE_VERSION}-{QUANT_CONFIG_VERSION}",
+    shell:
+        PYTHON
+        + " -m layersense refined --manifest {input.manifest:q} --measured {input.measured:q}"
+        " --settings {params.settings:q} --out {output.manifest:q} > {log:q} 2>&1 && "
+        + PYTHON
+        + " -m layersense recipe --manifest {output.manifest:q} --out {output.config:q}"
+        " --yaml {output.yaml:q} >> {log:q} 2>&1"

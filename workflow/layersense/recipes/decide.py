@@ -1,5 +1,6 @@
 """One scheme over the scores of a run: who may be quantized, what is chosen, why not the rest."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -25,6 +26,7 @@ from layersense.manifests.schema import (
     label,
     plain_name,
 )
+from layersense.manifests.tables import BYTES_PER_COST
 from layersense.quantization.extensions import RETRY
 from layersense.quantization.formats import (
     NONE,
@@ -454,6 +456,49 @@ def _price(
         minimized_without=min(solution.score, state.minimized),
         effective_bits_without=free.effective_bits(choice),
     )
+
+
+def with_recipe(manifest: Manifest, recipe: Mapping[str, str]) -> Manifest:
+    """Return a copy of a manifest that takes another recipe of its menu.
+
+    ``checkpoint_bytes`` follows the searched weights; a tie that breaks or holds is not followed.
+
+    Raises:
+        LayersenseError: the recipe is over the budget.
+    """
+    result = copy.deepcopy(manifest)
+    menu = Menu.of_manifest(result)
+    choice = menu.choice(recipe)
+    state = result.autoquant_state
+    used = menu.budget_cost(choice)
+    before = menu.choice(
+        {handle: plain_name(group.selected) for handle, group in manifest.layer_sensitivity.items()}
+    )
+    if used > menu.budget_cost(before) * (1 + BUDGET_TOLERANCE):
+        raise LayersenseError(
+            f"{manifest.run_name}, {manifest.scheme.name}: the recipe takes more than the "
+            "scheme's own; verify again"
+        )
+    for handle, name in menu.recipe(choice).items():
+        group = result.layer_sensitivity[handle]
+        group.selected = next(text for text in group.formats if plain_name(text) == name)
+        group.flips_to = None
+        for module in group.module_names:
+            layer = result.layers[module]
+            layer.quantized, layer.format = name != NONE, name
+    damage = menu.damage(choice)
+    state.constraints = {"effective_bits": menu.effective_bits(choice)}
+    state.score, state.score_se = damage.score, damage.error
+    state.score_low, state.score_high = damage.low, damage.high
+    state.checkpoint_bytes += BYTES_PER_COST * (menu.cost(choice) - state.cost)
+    state.cost = menu.cost(choice)
+    minimized = menu.problem.scores[menu.rows, choice]
+    state.minimized = float(minimized.max() if menu.objective == "max" else fsum(minimized))
+    bound = min(state.lower_bound, state.minimized)
+    state.gap = (state.minimized - bound) / state.minimized if state.minimized else 0.0
+    state.budget.used += state.budget.per_cost * (used - menu.budget_cost(before))
+    result.num_quantized_layers = sum(layer.quantized for layer in result.layers.values())
+    return result
 
 
 def _choose(

@@ -61,7 +61,15 @@ KINDS = {
 """Kind of a row of ``frontier.parquet`` → what the chart calls it."""
 RANDOM = "random, at its bits"
 """What the chart calls recipes that are drawn at random, which are measured alone."""
-MEASURED = {**KINDS, "rival": KINDS["frontier"], "random": RANDOM}
+BETTER = "from measured damage"
+"""What the chart calls recipes that follow from what was measured."""
+MEASURED = {
+    **KINDS,
+    "rival": KINDS["frontier"],
+    "random": RANDOM,
+    "solved": BETTER,
+    "refined": BETTER,
+}
 """Role of a recipe in ``verification.parquet`` → what the chart calls it."""
 UNDRAWN = ("cache",)
 """Roles that the chart leaves to the table: what nothing predicts has no place on its axes."""
@@ -665,15 +673,23 @@ def _frontier(predicted: Rows, measured: Rows) -> Chart:
         alt.Tooltip("shares:N", title="share of the weights"),
     ]
     line = base.transform_filter(f"datum.kind == '{KINDS['frontier']}'")
-    names = [*KINDS.values(), *([RANDOM] if measured else [])]
-    marks = [PAGE.muted, PAGE.accent, *PAGE.subsystems[1:4], PAGE.subsystems[6]]
+    names = [*KINDS.values(), *([RANDOM, BETTER] if measured else [])]
+    marks = [PAGE.muted, PAGE.accent, *PAGE.subsystems[1:4], PAGE.subsystems[6], PAGE.subsystems[5]]
     colour = alt.Color(
         "kind:N",
         title=None,
         scale=alt.Scale(domain=names, range=marks[: len(names)]),
         legend=alt.Legend(orient="top", columns=2, labelLimit=240),
     )
-    shapes = ["circle", "diamond", "square", "triangle-up", "cross", "triangle-down"]
+    shapes = [
+        "circle",
+        "diamond",
+        "square",
+        "triangle-up",
+        "cross",
+        "triangle-down",
+        "triangle-right",
+    ]
     shape = alt.Shape(
         "kind:N", title=None, scale=alt.Scale(domain=names, range=shapes[: len(names)])
     )

@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layersense import config
 from layersense.calibration.database import Row, open_database
@@ -19,15 +20,21 @@ from layersense.quantization.kv_cache import KV_CACHES
 from layersense.recipes.quant_config import make_cache
 from layersense.scoring.in_progress import InProgress
 from layersense.scoring.job import extensions_here, leased, only_job
-from layersense.verification.plan import Plan, Whole, make_plan
+from layersense.verification.plan import Plan, Whole, make_plan, whole_digest
+from layersense.verification.refine import search
 from layersense.verification.store import (
     Completed,
     MeasuredRecipe,
     Single,
     Verification,
+    by_photograph,
     read_verification,
     write_verification,
 )
+
+if TYPE_CHECKING:
+    from layersense.verification.measure import Measurer
+    from layersense.verification.replay import Calibration, Switchboard
 
 logger = logging.getLogger(__name__)
 
@@ -76,29 +83,48 @@ def verify_run(
                 "dataset": data_digest,
             }
         )
-        plan = make_plan(manifests, config.Verify.model_validate(settings["verify"]))
-        held = _held(out, context)
+        options = config.Verify.model_validate(settings["verify"])
+        plan = make_plan(manifests, options)
         wanted = Wanted(plan, manifests, context)
-        singles = wanted.missing_singles(held)
-        recipes = wanted.missing_recipes(held)
-        if held is None or singles or recipes:
-            logger.info("to measure: %d single groups, %d recipes", len(singles), len(recipes))
-            in_progress = InProgress(
-                out.with_name(f".{out.name}.in-progress"),
-                wanted.digest(singles, recipes),
-                Completed,
-            )
-            found = _measure(
-                run, settings["measured"], wanted, singles, recipes, checkpoint, database_file,
-                threads, gpus, cache_folder(cache), in_progress,
-            )  # fmt: skip
-            held = _merge(held, found, context)
-        else:
+        rounds = out.with_name(f".{out.name}.rounds")
+        held, interrupted = _held(out, context), _held(rounds, context)
+        if interrupted is not None:
+            held = _join(held, interrupted) if held else interrupted
+        count = 0
+        with ExitStack() as stack:
+            bench: _Bench | None = None
+            while True:
+                singles, recipes = wanted.missing_singles(held), wanted.missing_recipes(held)
+                if held is not None and not singles and not recipes:
+                    held.recipes = wanted.current_recipes(held)
+                    recipes = wanted.missing_next(held, manifests, plan, options.refine)
+                if held is not None and not singles and not recipes:
+                    break
+                logger.info("to measure: %d single groups, %d recipes", len(singles), len(recipes))
+                if bench is None:
+                    bench = stack.enter_context(
+                        _bench(
+                            settings["measured"], wanted, checkpoint, database_file, threads, gpus,
+                            cache_folder(cache),
+                        )
+                    )  # fmt: skip
+                in_progress = InProgress(
+                    out.with_name(f".{out.name}.in-progress"),
+                    wanted.digest(singles, recipes),
+                    Completed,
+                )
+                found = bench.measure(run, singles, recipes, in_progress)
+                found.before.digest = context
+                held = _join(held, found) if held else found
+                write_verification(rounds, held)
+                count += len(singles) + len(recipes)
+        if not count:
             logger.info("all of it is measured already")
         held.run = run
         write_verification(out, held)
+        rounds.unlink(missing_ok=True)
         out.with_name(f".{out.name}.in-progress").unlink(missing_ok=True)
-    return len(singles) + len(recipes)
+    return count
 
 
 class Wanted:
@@ -183,6 +209,28 @@ class Wanted:
             or held.recipes[digest].damage.digest != self.recipe_digest(whole)
         }
 
+    def current_recipes(self, held: Verification) -> dict[str, MeasuredRecipe]:
+        """Return what is held of recipes, without what was measured of formats since edited."""
+        return {
+            digest: entry
+            for digest, entry in held.recipes.items()
+            if not self.formats.keys() >= set(entry.recipe.values())
+            or entry.damage.digest == self.recipe_digest(Whole(entry.recipe, entry.kv_cache))
+        }
+
+    def missing_next(
+        self, held: Verification, manifests: Sequence[Manifest], plan: Plan, swaps: int
+    ) -> dict[str, Whole]:
+        """Return the recipes that the search for better ones has to have measured next."""
+        found = by_photograph(held)
+        wanted = {}
+        for manifest in manifests:
+            kv_cache = manifest.scheme.kv_cache
+            for recipe in search(manifest, found, plan.singles, swaps).wanted:
+                quantized = {handle: name for handle, name in recipe.items() if name != NONE}
+                wanted[whole_digest(recipe, kv_cache)] = Whole(quantized, kv_cache)
+        return wanted
+
 
 def _held(out: Path, context: str) -> Verification | None:
     """Return what the file holds of the same model, rows and settings."""
@@ -196,10 +244,8 @@ def _held(out: Path, context: str) -> Verification | None:
     return held if held.before.digest == context else None
 
 
-def _merge(held: Verification | None, found: Verification, context: str) -> Verification:
-    found.before.digest = context
-    if held is None:
-        return found
+def _join(held: Verification, found: Verification) -> Verification:
+    """Return what both hold; of what both hold, the later."""
     for format, entries in found.singles.items():
         held.singles.setdefault(format, {}).update(entries)
     held.recipes.update(found.recipes)
@@ -215,27 +261,107 @@ def _photographs(rows: Sequence[Row], units: int) -> list[int] | None:
     return found if len(found) == len(rows) == units else None
 
 
-def _measure(
-    run: str,
+class _Bench:
+    """A loaded model and its held-out rows, to measure on again and again."""
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        wanted: Wanted,
+        calibration: "Calibration",
+        board: "Switchboard",
+        measurer: "Measurer",
+        rows: Sequence[Row],
+        cache: Path,
+        seconds: dict[str, float],
+    ) -> None:
+        self._settings, self._wanted, self._cache = settings, wanted, cache
+        self._calibration, self._board, self._measurer = calibration, board, measurer
+        self._rows, self._seconds = rows, seconds
+        self._calibrated: set[str] = set()
+
+    def measure(
+        self,
+        run: str,
+        singles: Sequence[tuple[str, str]],
+        recipes: Mapping[str, Whole],
+        in_progress: InProgress[Completed],
+    ) -> Verification:
+        """Measure groups alone and whole recipes; ``before`` has no digest yet."""
+        from layersense.scoring.environment import describe_environment, peak_memory_bytes
+
+        start = time.monotonic()
+        self._calibrate(
+            {format for format, _ in singles}
+            | {name for whole in recipes.values() for name in whole.recipe.values()},
+            {whole.kv_cache for whole in recipes.values()},
+        )
+        self._count("calibrate", start)
+        start = time.monotonic()
+        before, alone, whole = self._measurer.measure(singles, recipes, in_progress)
+        self._count("measure", start)
+        before.photographs = _photographs(self._rows, len(before.positions))
+        for digest, damage in whole.items():
+            damage.digest = self._wanted.recipe_digest(recipes[digest])
+        entries: dict[str, dict[str, Single]] = {}
+        for (name, handle), damage in alone.items():
+            damage.digest = self._wanted.single_digest(name, handle)
+            entries.setdefault(name, {})[handle] = Single(damage=damage)
+        return Verification(
+            run=run,
+            heldout_samples=len(self._rows),
+            exact_reuse=self._measurer.exact_reuse,
+            before=before,
+            singles=entries,
+            recipes={
+                digest: MeasuredRecipe(
+                    recipe=recipes[digest].recipe, damage=damage, kv_cache=recipes[digest].kv_cache
+                )
+                for digest, damage in whole.items()
+            },
+            seconds={phase: round(value, 3) for phase, value in self._seconds.items()},
+            peak_memory_bytes=peak_memory_bytes(self._measurer.device),
+            environment=describe_environment(self._measurer.device),
+        )
+
+    def _calibrate(self, formats: set[str], caches: set[str]) -> None:
+        from layersense.quantization.modelopt_formats import require_kernel
+
+        wanted = self._wanted
+        new = [name for name in wanted.formats if name in formats - self._calibrated]
+        extensions_here([wanted.formats[name] for name in new], self._settings, self._cache)
+        for name in new:
+            require_kernel(wanted.formats[name], self._settings["device"])
+        for name in new:
+            self._board.calibrate(
+                wanted.formats[name], wanted.groups_of[name], wanted.types, self._calibration
+            )
+        for kv_cache in sorted(caches - self._calibrated):
+            if found := make_cache(kv_cache, wanted.layers):
+                self._board.calibrate_cache(found, self._calibration)
+        self._calibrated |= formats | caches
+
+    def _count(self, phase: str, start: float) -> None:
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - start
+
+
+@contextmanager
+def _bench(
     settings: Mapping[str, Any],
     wanted: Wanted,
-    singles: Sequence[tuple[str, str]],
-    recipes: Mapping[str, Whole],
     checkpoint: Checkpoint,
     database_file: Path,
     threads: int | None,
     gpus: int,
     cache: Path,
-    in_progress: InProgress[Completed],
-) -> Verification:
+) -> Iterator[_Bench]:
+    """Lease the device and load the model."""
     with leased(settings["device"], gpus):
         start = time.monotonic()
         import torch
 
         from layersense.models.devices import spread_over
         from layersense.models.tasks import get_task
-        from layersense.quantization.modelopt_formats import require_kernel
-        from layersense.scoring.environment import describe_environment, peak_memory_bytes
         from layersense.scoring.measurement import sampling_of
         from layersense.verification.measure import Measurer
         from layersense.verification.replay import Switchboard, calibration_of
@@ -245,13 +371,6 @@ def _measure(
             torch.set_num_threads(threads)
         torch.manual_seed(settings["sampling"]["seed"])
         device = torch.device(settings["device"])
-        used = {format for format, _ in singles} | {
-            name for whole in recipes.values() for name in whole.recipe.values()
-        }
-        caches = {whole.kv_cache for whole in recipes.values()}
-        extensions_here([wanted.formats[name] for name in used], settings, cache)
-        for name in used:
-            require_kernel(wanted.formats[name], settings["device"])
         start = time.monotonic()
         task = get_task(checkpoint.task)
         with spread_over(gpus):
@@ -271,40 +390,7 @@ def _measure(
         heldout = task.batches(
             loaded, heldout_rows, sampling_of(settings), settings["sampling"]["batch_size"]
         )
-        seconds["load"] = time.monotonic() - start
-        start = time.monotonic()
         board = Switchboard.of(loaded.model, wanted.modules)
-        for name, format in wanted.formats.items():
-            if name in used:
-                board.calibrate(format, wanted.groups_of[name], wanted.types, calibration)
-        for kv_cache in sorted(caches):
-            if found := make_cache(kv_cache, wanted.layers):
-                board.calibrate_cache(found, calibration)
-        seconds["calibrate"] = time.monotonic() - start
-        start = time.monotonic()
         measurer = Measurer(board, task, heldout, device, calibration.dtype)
-        before, alone, whole = measurer.measure(singles, recipes, in_progress)
-        seconds["measure"] = time.monotonic() - start
-        before.photographs = _photographs(heldout_rows, len(before.positions))
-        for digest, damage in whole.items():
-            damage.digest = wanted.recipe_digest(recipes[digest])
-        entries: dict[str, dict[str, Single]] = {}
-        for (name, handle), damage in alone.items():
-            damage.digest = wanted.single_digest(name, handle)
-            entries.setdefault(name, {})[handle] = Single(damage=damage)
-        return Verification(
-            run=run,
-            heldout_samples=len(heldout_rows),
-            exact_reuse=measurer.exact_reuse,
-            before=before,
-            singles=entries,
-            recipes={
-                digest: MeasuredRecipe(
-                    recipe=recipes[digest].recipe, damage=damage, kv_cache=recipes[digest].kv_cache
-                )
-                for digest, damage in whole.items()
-            },
-            seconds={phase: round(value, 3) for phase, value in seconds.items()},
-            peak_memory_bytes=peak_memory_bytes(device),
-            environment=describe_environment(device),
-        )
+        seconds["load"] = time.monotonic() - start
+        yield _Bench(settings, wanted, calibration, board, measurer, heldout_rows, cache, seconds)

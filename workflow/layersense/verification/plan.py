@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -14,10 +15,12 @@ from layersense.recipes.frontier import frontier
 from layersense.recipes.menu import Menu, Recipe, recipe_digest
 
 Role = Literal[
-    "cache", "scheme", "frontier", "uniform", "head_kept", "edges_kept", "rival", "random"
-]
+    "cache", "scheme", "frontier", "uniform", "head_kept", "edges_kept", "rival", "random",
+    "solved", "refined",
+]  # fmt: skip
 """``rival``: the best recipe within the bits of a baseline, which it is compared with. ``cache``:
-the key-value cache alone, of a scheme that quantizes it; its other recipes have it too."""
+the key-value cache alone, of a scheme that quantizes it; its other recipes have it too. ``solved``
+and ``refined`` follow from what is measured: see :mod:`layersense.verification.refine`."""
 CACHE = "key-value cache"
 """Stands among the handles where a recipe's digest is taken."""
 
@@ -42,8 +45,13 @@ class Planned:
     @property
     def digest(self) -> str:
         """What identifies the recipe, whatever it is called."""
-        cache = {} if self.kv_cache == "none" else {CACHE: self.kv_cache}
-        return recipe_digest({**self.recipe, **cache})
+        return whole_digest(self.recipe, self.kv_cache)
+
+
+def whole_digest(recipe: Mapping[str, str], kv_cache: str) -> str:
+    """Return what identifies a recipe with its key-value cache, whatever it is called."""
+    cache = {} if kv_cache == "none" else {CACHE: kv_cache}
+    return recipe_digest({**recipe, **cache})
 
 
 @dataclass(frozen=True)
@@ -102,28 +110,35 @@ def pick_groups(manifest: Manifest, format: str, count: int) -> list[str]:
     return [handle for handle in manifest.layer_sensitivity if handle in picked]
 
 
+def plan_recipe(
+    manifest: Manifest,
+    menu: Menu,
+    role: Role,
+    label: str,
+    recipe: Mapping[str, str],
+    rival_of: str | None = None,
+) -> Planned:
+    """Return a recipe of a scheme as it is to be measured, with what is predicted of it."""
+    choice = menu.choice(recipe)
+    damage = menu.damage(choice)
+    return Planned(
+        scheme=manifest.scheme.name,
+        role=role,
+        label=label,
+        recipe=dict(recipe),
+        effective_bits=menu.effective_bits(choice),
+        predicted=damage.score,
+        low=damage.low,
+        high=damage.high,
+        rival_of=rival_of,
+        kv_cache=manifest.scheme.kv_cache,
+    )
+
+
 def _recipes(manifest: Manifest, options: Verify) -> Iterator[Planned]:
     menu = Menu.of_manifest(manifest)
+    planned = partial(plan_recipe, manifest, menu)
     name = manifest.scheme.name
-
-    def planned(
-        role: Role, label: str, recipe: Mapping[str, str], rival_of: str | None = None
-    ) -> Planned:
-        choice = menu.choice(recipe)
-        damage = menu.damage(choice)
-        return Planned(
-            scheme=name,
-            role=role,
-            label=label,
-            recipe=dict(recipe),
-            effective_bits=menu.effective_bits(choice),
-            predicted=damage.score,
-            low=damage.low,
-            high=damage.high,
-            rival_of=rival_of,
-            kv_cache=manifest.scheme.kv_cache,
-        )
-
     if manifest.scheme.kv_cache != "none":
         label = f"key-value cache in {manifest.scheme.kv_cache} alone"
         yield planned("cache", label, dict.fromkeys(menu.handles, NONE))

@@ -1,14 +1,19 @@
 """``verification.json``: what was measured on the held-out rows (no torch)."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from layersense.files import read_record, write_record
 
 VERIFICATION_VERSION = 1
 """Raised when what is measured changes, which measures everything again."""
-VERIFICATION_TABLE_VERSION = 2
+SEARCH_VERSION = 1
+"""Raised when the search for better recipes changes, which measures what it newly asks for."""
+VERIFICATION_TABLE_VERSION = 3
 """Raised when the table or its summary changes for the same measurements."""
 
 
@@ -91,6 +96,47 @@ class Verification(msgspec.Struct, kw_only=True):
     """Of the job that measured last, by phase."""
     peak_memory_bytes: int
     environment: dict[str, str]
+
+
+def by_photograph(found: Verification) -> Verification:
+    """Return what was found with all units of one photograph as one.
+
+    Captions of one photograph are alike, so that intervals drawn from captions are too narrow.
+    """
+    numbers = found.before.photographs
+    if numbers is None:
+        return found
+    unit_of = {number: unit for unit, number in enumerate(dict.fromkeys(numbers))}
+    units = [unit_of[number] for number in numbers]
+
+    def joined(values: Sequence[Any]) -> list[Any]:
+        sums: list[Any] = [0] * len(unit_of)
+        for unit, value in zip(units, values, strict=True):
+            sums[unit] = None if value is None or sums[unit] is None else sums[unit] + value
+        return sums
+
+    def damage(of: Damage) -> Damage:
+        correct = None if of.correct is None else joined(of.correct)
+        return structs.replace(of, kl=joined(of.kl), agree=joined(of.agree), correct=correct)
+
+    before = found.before
+    return structs.replace(
+        found,
+        before=structs.replace(
+            before,
+            positions=joined(before.positions),
+            correct=None if before.correct is None else joined(before.correct),
+            photographs=list(unit_of),
+        ),
+        singles={
+            format: {handle: Single(damage=damage(one.damage)) for handle, one in entries.items()}
+            for format, entries in found.singles.items()
+        },
+        recipes={
+            digest: structs.replace(recipe, damage=damage(recipe.damage))
+            for digest, recipe in found.recipes.items()
+        },
+    )
 
 
 def read_verification(path: str | Path) -> Verification:

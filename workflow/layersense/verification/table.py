@@ -19,9 +19,11 @@ from layersense.manifests.codes import Code
 from layersense.manifests.read import read_own_manifest
 from layersense.manifests.schema import SUFFIX, Finding, LayerSensitivity, Manifest, plain_name
 from layersense.quantization.formats import NONE
+from layersense.recipes.menu import Menu
 from layersense.verification.analysis import (
     LEAST_CORRELATION,
     MAIN_DAMAGE,
+    Betterment,
     Correlation,
     Duel,
     Parts,
@@ -30,19 +32,23 @@ from layersense.verification.analysis import (
     correlate,
     difference_interval,
     mean_with_interval,
+    ratio_interval,
 )
-from layersense.verification.plan import CACHE, Planned, make_plan
+from layersense.verification.plan import CACHE, Planned, make_plan, plan_recipe
+from layersense.verification.refine import Search, halves, mean_kl, search
 from layersense.verification.store import (
     VERIFICATION_TABLE_VERSION,
     Damage,
-    Single,
     Verification,
+    by_photograph,
     read_verification,
 )
 
 SUMMARY_KEY = b"layersense.verification"
 """Key of the table's metadata that holds a :class:`Summary` as JSON."""
 
+SOLVED, REFINED = "solved from measured damage", "refined by swaps"
+"""Labels of the recipes that follow from what is measured."""
 UNITS = {
     "effective_bits": "average bits per searched weight",
     "predicted": "score of the group, or predicted damage of the recipe",
@@ -141,47 +147,6 @@ class Pair(NamedTuple):
     """Summed KL of each held-out unit."""
 
 
-def by_photograph(found: Verification) -> Verification:
-    """Return what was found with all units of one photograph as one.
-
-    Captions of one photograph are alike, so that intervals drawn from captions are too narrow.
-    """
-    numbers = found.before.photographs
-    if numbers is None:
-        return found
-    unit_of = {number: unit for unit, number in enumerate(dict.fromkeys(numbers))}
-    units = [unit_of[number] for number in numbers]
-
-    def joined(values: Sequence[Any]) -> list[Any]:
-        sums: list[Any] = [0] * len(unit_of)
-        for unit, value in zip(units, values, strict=True):
-            sums[unit] = None if value is None or sums[unit] is None else sums[unit] + value
-        return sums
-
-    def damage(of: Damage) -> Damage:
-        correct = None if of.correct is None else joined(of.correct)
-        return structs.replace(of, kl=joined(of.kl), agree=joined(of.agree), correct=correct)
-
-    before = found.before
-    return structs.replace(
-        found,
-        before=structs.replace(
-            before,
-            positions=joined(before.positions),
-            correct=None if before.correct is None else joined(before.correct),
-            photographs=list(unit_of),
-        ),
-        singles={
-            format: {handle: Single(damage=damage(one.damage)) for handle, one in entries.items()}
-            for format, entries in found.singles.items()
-        },
-        recipes={
-            digest: structs.replace(recipe, damage=damage(recipe.damage))
-            for digest, recipe in found.recipes.items()
-        },
-    )
-
-
 @dataclass(frozen=True)
 class MeasuredRecipes:
     """What a ``verification.parquet`` says of whole recipes."""
@@ -259,8 +224,15 @@ def verification_table(
                         units=single.damage.kl,
                     )
                 )
+    searches = {
+        manifest.scheme.name: search(manifest, found, plan.singles, options.refine)
+        for manifest in manifests
+    }
+    for name, state in searches.items():
+        if state.wanted:
+            missing.append(f"a recipe in search of a better one for scheme {name}")
     measured: dict[tuple[str, str], tuple[Planned, Damage, float | None]] = {}
-    for planned in plan.recipes:
+    for planned in [*plan.recipes, *_better(manifests, searches)]:
         entry = found.recipes.get(planned.digest)
         if entry is None:
             missing.append(f"{planned.label} of scheme {planned.scheme}")
@@ -297,7 +269,13 @@ def verification_table(
     summary = Summary(
         correlations=correlations,
         duels=duels,
-        verdicts=[_verdict(manifest.scheme.name, measured, duels, alone) for manifest in manifests],
+        verdicts=[
+            structs.replace(
+                _verdict(name, measured, duels, alone),
+                betterment=_betterment(found, measured, name, state),
+            )
+            for name, state in searches.items()
+        ],
         findings=[*_unmeasured(missing), *_findings(correlations)],
         heldout_samples=found.heldout_samples,
         positions=sum(found.before.positions),
@@ -311,6 +289,52 @@ def verification_table(
     return table.replace_schema_metadata(
         {**VERIFICATION.metadata, SUMMARY_KEY: msgspec.json.encode(summary)}
     )
+
+
+def _better(manifests: Sequence[Manifest], searches: Mapping[str, Search]) -> Iterator[Planned]:
+    """Yield the recipes that follow from what is measured, once all of that is."""
+    for manifest in manifests:
+        state = searches[manifest.scheme.name]
+        if state.wanted:
+            continue
+        menu = Menu.of_manifest(manifest)
+        if state.solved:
+            yield plan_recipe(manifest, menu, "solved", SOLVED, state.solved)
+        if state.refined:
+            yield plan_recipe(manifest, menu, "refined", REFINED, state.refined)
+
+
+def _betterment(
+    found: Verification,
+    measured: Mapping[tuple[str, str], tuple[Planned, Damage, float | None]],
+    scheme: str,
+    state: Search,
+) -> Betterment | None:
+    """Return what the better recipes do on the half of the rows that is there to judge."""
+    if (scheme, scheme) not in measured or (scheme, SOLVED) not in measured:
+        return None
+    _, judging = halves(len(found.before.positions))
+
+    def units(label: str) -> list[float | None]:
+        return [measured[scheme, label][1].kl[unit] for unit in judging]
+
+    def mean(label: str) -> float:
+        return mean_kl(measured[scheme, label][1], found.before.positions, judging)
+
+    own = ratio_interval(units(scheme), units(SOLVED))
+    if own is None:
+        return None
+    result = Betterment(
+        kl=mean(scheme),
+        kl_solved=mean(SOLVED),
+        own_ratio=own[0],
+        own_ratio_low=own[1],
+        own_ratio_high=own[2],
+    )
+    if (scheme, REFINED) in measured and (refined := ratio_interval(units(REFINED), units(SOLVED))):
+        result.kl_refined, result.measured = mean(REFINED), state.measured
+        result.refined_ratio, result.refined_ratio_low, result.refined_ratio_high = refined
+    return result
 
 
 def _row(found: Verification, damage: Damage | None, **more: Any) -> dict[str, Any]:
