@@ -97,11 +97,11 @@ def test_both_gpus_hold_layers(tmp_path: Path, kind: str) -> None:
 
 def test_checkpointing_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from layersense.scoring import fused
-    from layersense.scoring.fused import engine
+    from layersense.scoring.fused import fit
 
     what = replace(measurement(tmp_path, "llm"), gpus=2)
     plain = scores(fused.measure, what)
-    monkeypatch.setattr(engine, "FULL", 0.0)  # nothing is expected to fit
+    monkeypatch.setattr(fit, "FULL", 0.0)  # nothing is expected to fit
     again = scores(fused.measure, what)
     for name in FORMATS:
         for handle, score in plain[name].items():
