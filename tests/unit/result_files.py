@@ -15,7 +15,14 @@ from layersense.recipes.decide import build_manifest
 from layersense.recipes.frontier import write_frontier
 from layersense.scoring.scores import Scores
 from layersense.verification.plan import make_plan
-from layersense.verification.store import Before, Damage, MeasuredRecipe, Single, Verification
+from layersense.verification.store import (
+    Before,
+    Damage,
+    MeasuredRecipe,
+    Single,
+    TaskMetric,
+    Verification,
+)
 from layersense.verification.table import verification_table
 
 FP8, INT8, INT4 = sf.FORMATS
@@ -31,15 +38,20 @@ CACHE_DAMAGE = 0.5
 """KL that a quantized key-value cache adds."""
 
 
+def token_accuracy(value):
+    return TaskMetric(name="token accuracy", unit="share", higher_is_better=True, value=value)
+
+
 def measured(manifests, options, scale=lambda handle, format: 1.0):
     """A verification in which every group does twice its score, and damages add up."""
     plan = make_plan(manifests, options)
     group = manifests[0].layer_sensitivity
     positions = [3, 5, 4, 8]
 
-    def damage(per_position):
+    def damage(per_position, **more):
         kl = [per_position * n * factor for n, factor in zip(positions, WEIGHTS, strict=True)]
-        return Damage(digest="x", kl=kl, agree=positions, correct=[1, 2, 2, 3], loss=[12.0, 13.0])
+        correct, loss = [1, 2, 2, 3], [12.0, 13.0]
+        return Damage(digest="x", kl=kl, agree=positions, correct=correct, loss=loss, **more)
 
     def of(handle, format):
         if format == "NONE":
@@ -53,7 +65,12 @@ def measured(manifests, options, scale=lambda handle, format: 1.0):
         heldout_samples=4,
         exact_reuse=True,
         before=Before(
-            digest="c", positions=positions, correct=[1, 2, 3, 4], loss=[10.0, 10.0], tokens=[8, 12]
+            digest="c",
+            positions=positions,
+            correct=[1, 2, 3, 4],
+            loss=[10.0, 10.0],
+            tokens=[8, 12],
+            metric=token_accuracy(0.5),
         ),
         singles={
             format: {handle: Single(damage=damage(of(handle, format))) for handle in handles}
@@ -64,7 +81,8 @@ def measured(manifests, options, scale=lambda handle, format: 1.0):
                 recipe=planned.recipe,
                 damage=damage(
                     sum(of(h, name) for h, name in planned.recipe.items())
-                    + (CACHE_DAMAGE if planned.kv_cache != "none" else 0.0)
+                    + (CACHE_DAMAGE if planned.kv_cache != "none" else 0.0),
+                    metric=token_accuracy(0.4),
                 ),
             )
             for planned in plan.recipes

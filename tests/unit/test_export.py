@@ -300,6 +300,7 @@ def test_the_card_tells_what_was_measured(llama, tmp_path):
     (own,) = (row for row in found.rows if row["role"] == "scheme")
     assert f"KL to the unquantized model {own['kl']:.3g} nats (95 %: {own['kl_low']:.3g}" in card
     assert found.summary.verdicts[0].sentence in card
+    assert " The task's own metric, token accuracy: 40.0%." in card
     assert "order by measured KL" not in card
     # A second export writes the card alone: here with a score that predicts nothing.
     ranks = {handle: 10.0 ** (3 * n) for n, handle in enumerate(manifest.layer_sensitivity)}

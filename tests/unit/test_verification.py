@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,7 @@ from layersense import config
 from layersense.calibration.database import Row
 from layersense.errors import LayersenseError
 from layersense.models.tasks import get_task
+from layersense.models.tasks.metrics import TopChoice
 from layersense.models.tasks.protocol import IGNORED, Batch, Sampling
 from layersense.quantization.formats import known_formats
 from layersense.recipes.baselines import random_recipes
@@ -216,7 +218,8 @@ def vlm(tmp_path_factory):
 
 def measurer(fixture):
     board, data = fixture
-    return Measurer(board, data.task, data.batches, data.device, data.dtype)
+    metric = TopChoice("token accuracy")
+    return Measurer(board, data.task, data.batches, data.device, data.dtype, metric)
 
 
 def test_measures_are_those_of_the_definition(llama):
@@ -243,6 +246,11 @@ def test_measures_are_those_of_the_definition(llama):
         assert sum(damage.agree) == agree
         assert sum(damage.correct) == correct
         assert sum(damage.loss) == pytest.approx(loss, rel=1e-5)
+        if damage is whole["all"]:  # groups alone are not judged by the task's metric
+            assert damage.metric.value == pytest.approx(correct / sum(before.positions))
+        else:
+            assert damage.metric is msgspec.UNSET
+    assert before.metric.value == pytest.approx(sum(before.correct) / sum(before.positions))
     assert len(before.positions) == sum(batch.n_samples for batch in data.batches)
     assert sum(before.positions) == sum(batch.n_tokens for batch in data.batches)
 
@@ -430,6 +438,10 @@ def test_the_table_joins_layers_and_sets_measured_beside_predicted():
         assert row["top1_accuracy"] == pytest.approx(8 / 20)
     (own,) = (row for row in rest if row["role"] == "scheme")
     assert own["sum_of_singles"] == pytest.approx(own["kl"])
+    names = ("metric", "metric_value", "metric_unit", "metric_higher_is_better")
+    assert [own[name] for name in names] == ["token accuracy", 0.4, "share", True]
+    assert before["metric_value"] == 0.5
+    assert {row["metric_value"] for row in groups} == {None}
     summary = read_summary_of(table)
     assert summary.verdicts[0].additivity == pytest.approx(1.0)
     overall = [entry for entry in summary.correlations if entry.subsystem is None]
@@ -536,6 +548,35 @@ def test_the_html_report_shows_measured_beside_predicted(tmp_path, repository):
     assert "KL on held-out rows" in text
     assert "not measured" not in text
     assert "FP8, all" in text
+    assert ">Token accuracy</th>" in text
+    assert ">40.0 %</td>" in text
+    assert "The task's own metric, token accuracy, is 50.0 % without quantization" in (
+        text.replace("&#39;", "'")
+    )
+
+
+def test_the_markdown_report_shows_the_tasks_metric_beside_each_recipe(tmp_path, repository):
+    from result_files import write_result, write_verification
+
+    from layersense.reports.markdown import write_report
+
+    place = write_result(tmp_path)
+    write_report(
+        place / "manifest.json",
+        place / "layers.parquet",
+        place / "frontier.parquet",
+        config.Report(),
+        repository / "workflow/templates/layer-sensitivity-report.md.j2",
+        tmp_path / "report.md",
+        write_verification(place),
+    )
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    (head,) = (n for n, line in enumerate(lines) if line.endswith(" Token accuracy |"))
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[head:]))
+    assert len(table) > 5
+    assert {line.count("|") for line in table} == {table[0].count("|")}
+    assert all(line.endswith("| 40.0 % |") for line in table[2:])
+    assert any("token accuracy, is 50.0 % without quantization" in line for line in lines)
 
 
 def test_a_killed_measurement_goes_on_where_it_was(llama, tmp_path, monkeypatch):

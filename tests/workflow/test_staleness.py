@@ -117,6 +117,9 @@ def test_a_budget_of_a_verified_run_measures_no_known_recipe(verified: Project) 
         config["runs"]["llm.words"]["schemes"] = ["fp8", "other"]
 
     before = verified.json("llm.words/verification.json")
+    judged = [before["before"], *(found["damage"] for found in before["recipes"].values())]
+    assert {one["metric"]["name"] for one in judged} == {"token accuracy"}
+    assert all(0 <= one["metric"]["value"] <= 1 for one in judged)
     other = chain("llm.words", "other") | {"scatter/llm.words/other"}
     verified.edit(add)
     assert verified.run().jobs == other | VERIFYING

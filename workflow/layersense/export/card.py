@@ -118,6 +118,11 @@ def _verified(exported: Exported, verification: MeasuredRecipes | None) -> list[
         f"{value} for each position, the same first choice at {measured['top1_agreement']:.1%} of "
         "them."
     ]
+    if measured["metric_value"] is not None:
+        value = f"{measured['metric_value']:.3g} {measured['metric_unit']}".rstrip()
+        if measured["metric_unit"] == "share":
+            value = f"{measured['metric_value']:.1%}"
+        lines[0] += f" The task's own metric, {measured['metric']}: {value}."
     if not exported.kept:  # what was written is the recipe that the verdict is about
         lines += [
             "",

@@ -9,7 +9,7 @@ from typing import Any
 
 from layersense.manifests.schema import Finding
 from layersense.reports.result import read_table
-from layersense.reports.text import plain
+from layersense.reports.text import number, percent, plain
 from layersense.verification.analysis import Correlation, Duel, Summary, Verdict
 from layersense.verification.table import read_summary
 
@@ -29,6 +29,32 @@ class Measured:
     groups: Rows
     """Groups quantized alone, under the scheme's formats."""
     all_recipes: Rows
+    before: dict[str, Any]
+    """The unquantized model."""
+
+    @property
+    def metric(self) -> str | None:
+        """Name of the task's own metric, with a unit other than a share; None without one."""
+        row = next((row for row in self.recipes if row["metric"] is not None), None)
+        if row is None:
+            return None
+        unit = row["metric_unit"]
+        return row["metric"] if unit in ("share", "") else f"{row['metric']} ({unit})"
+
+    @property
+    def metric_note(self) -> str:
+        """What the metric is without quantization, and in which direction it is better."""
+        row = next(row for row in self.recipes if row["metric"] is not None)
+        better = "more" if row["metric_higher_is_better"] else "less"
+        return (
+            f"The task's own metric, {row['metric']}, is {self.metric_text(self.before)} without "
+            f"quantization on the same rows; {better} is better."
+        )
+
+    @staticmethod
+    def metric_text(row: dict[str, Any]) -> str:
+        """Return a row's metric, a share as percent; ``–`` where there is none."""
+        return (percent if row["metric_unit"] == "share" else number)(row["metric_value"])
 
     @property
     def verdict(self) -> Verdict:
@@ -97,4 +123,5 @@ def read_measured(path: Path, scheme: str, formats: Collection[str]) -> Measured
         summary=summary,
         groups=[row for row in rows if row["kind"] == "group" and row["format"] in formats],
         all_recipes=[row for row in rows if row["kind"] == "recipe" and row["scheme"] == scheme],
+        before=next(row for row in rows if row["kind"] == "before"),
     )

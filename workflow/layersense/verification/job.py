@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import UNSET
+
 from layersense import config
 from layersense.calibration.database import Row, open_database
 from layersense.errors import LayersenseError
@@ -200,13 +202,14 @@ class Wanted:
         ]
 
     def missing_recipes(self, held: Verification | None) -> dict[str, Whole]:
-        """Return the recipes that are not held."""
+        """Return the recipes that are not held, or not with the task's metric."""
         return {
             digest: whole
             for digest, whole in self.recipes.items()
             if held is None
             or digest not in held.recipes
             or held.recipes[digest].damage.digest != self.recipe_digest(whole)
+            or held.recipes[digest].damage.metric is UNSET
         }
 
     def current_recipes(self, held: Verification) -> dict[str, MeasuredRecipe]:
@@ -249,6 +252,7 @@ def _join(held: Verification, found: Verification) -> Verification:
     for format, entries in found.singles.items():
         held.singles.setdefault(format, {}).update(entries)
     held.recipes.update(found.recipes)
+    held.before.metric = found.before.metric
     held.before.photographs = found.before.photographs
     held.seconds, held.peak_memory_bytes = found.seconds, found.peak_memory_bytes
     held.environment, held.exact_reuse = found.environment, found.exact_reuse
@@ -362,6 +366,7 @@ def _bench(
 
         from layersense.models.devices import spread_over
         from layersense.models.tasks import get_task
+        from layersense.models.tasks.metrics import metric_of
         from layersense.scoring.measurement import sampling_of
         from layersense.verification.measure import Measurer
         from layersense.verification.replay import Switchboard, calibration_of
@@ -391,6 +396,8 @@ def _bench(
             loaded, heldout_rows, sampling_of(settings), settings["sampling"]["batch_size"]
         )
         board = Switchboard.of(loaded.model, wanted.modules)
-        measurer = Measurer(board, task, heldout, device, calibration.dtype)
+        measurer = Measurer(
+            board, task, heldout, device, calibration.dtype, metric_of(task, loaded)
+        )
         seconds["load"] = time.monotonic() - start
         yield _Bench(settings, wanted, calibration, board, measurer, heldout_rows, cache, seconds)

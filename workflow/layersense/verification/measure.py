@@ -11,17 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from layersense.errors import LayersenseError
-from layersense.models.tasks.protocol import IGNORED, Batch, Task
+from layersense.models.tasks.metrics import position_labels
+from layersense.models.tasks.protocol import IGNORED, Batch, Metric, Task
 from layersense.scoring.in_progress import InProgress
 from layersense.scoring.progress import Progress
 from layersense.verification.plan import Whole
 from layersense.verification.replay import Switchboard
-from layersense.verification.store import Before, Completed, Damage
+from layersense.verification.store import Before, Completed, Damage, TaskMetric
 
 logger = logging.getLogger(__name__)
 
 CALL = "verify"
 """Verification has one call, where scoring has one for each set of formats."""
+BEFORE = "before"
+"""Key of the unquantized model's records of the metric, where recipes have their digests."""
 CHUNK = 2**25
 """Logits whose log-probabilities are computed at once."""
 
@@ -41,6 +44,7 @@ class Measurer:
         batches: held-out batches.
         device: where the model is.
         dtype: of its floating-point inputs.
+        metric: what whole recipes are judged by; None judges none.
     """
 
     def __init__(
@@ -50,9 +54,10 @@ class Measurer:
         batches: Sequence[Batch],
         device: torch.device,
         dtype: torch.dtype,
+        metric: Metric | None = None,
     ) -> None:
         self.board, self.task, self.batches = board, task, batches
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.metric = device, dtype, metric
         self.exact_reuse = True
 
     @torch.inference_mode()
@@ -89,6 +94,7 @@ class Measurer:
                 before=Before(digest="", positions=[], correct=[], loss=[], tokens=[]),
                 singles=nothing,
                 recipes={digest: _nothing() for digest in recipes},
+                records={},
             )
         else:
             logger.info("going on after %d batches of %d", done.batches, len(self.batches))
@@ -100,7 +106,12 @@ class Measurer:
             for index, batch in enumerate(self.batches):
                 if index >= done.batches:
                     self._measure_batch(
-                        batch.to(self.device, self.dtype), recipes, before, alone, whole
+                        batch.to(self.device, self.dtype),
+                        recipes,
+                        before,
+                        alone,
+                        whole,
+                        done.records,
                     )
                     done.batches, done.exact_reuse = index + 1, self.exact_reuse
                     if in_progress:
@@ -113,7 +124,29 @@ class Measurer:
         finally:
             self.board.clear()
             progress.close()
+        before.metric = self._judged(done.records, BEFORE)
+        for digest, damage in whole.items():
+            damage.metric = self._judged(done.records, digest)
         return before, alone, whole
+
+    def _record(
+        self, records: dict[str, list[Any]], key: str, output: Any, logits: Tensor, batch: Batch
+    ) -> None:
+        """Keep what the metric needs of one batch."""
+        if self.metric is not None:
+            records.setdefault(key, []).extend(self.metric.records(output, logits, batch))
+
+    def _judged(self, records: Mapping[str, list[Any]], key: str) -> TaskMetric | None:
+        """Return the metric over all batches; None where the task has none."""
+        if self.metric is None:
+            return None
+        value = self.metric.value(records[key])
+        return TaskMetric(
+            name=self.metric.name,
+            unit=self.metric.unit,
+            higher_is_better=self.metric.higher_is_better,
+            value=value if math.isfinite(value) else None,
+        )
 
     def _measure_batch(
         self,
@@ -122,6 +155,7 @@ class Measurer:
         before: Before,
         alone: dict[Single, Damage],
         whole: dict[str, Damage],
+        records: dict[str, list[Any]],
     ) -> None:
         self.board.clear()
         with Trace(self.board) as trace:
@@ -134,7 +168,8 @@ class Measurer:
                 "checkpoint and `dtype` of the run"
             )
         sizes = unit_sizes(batch, len(logits))
-        targets = _targets(batch, len(logits))
+        targets = position_labels(batch, len(logits))
+        self._record(records, BEFORE, output, logits, batch)
         before.positions += sizes
         before.loss.append(loss)
         before.tokens.append(batch.n_tokens)
@@ -150,7 +185,8 @@ class Measurer:
                 self._compare(batch, logits, targets, sizes, damage)
         for digest, damage in whole.items():
             self.board.switch(recipes[digest].recipe, recipes[digest].kv_cache)
-            self._compare(batch, logits, targets, sizes, damage)
+            output, after = self._compare(batch, logits, targets, sizes, damage)
+            self._record(records, digest, output, after, batch)
 
     def _check_reuse(self, trace: "Trace", batch: Batch, logits: Tensor) -> None:
         """Give reuse up unless it reproduces the unquantized outputs exactly, twice."""
@@ -169,7 +205,8 @@ class Measurer:
         targets: Tensor | None,
         sizes: Sequence[int],
         damage: Damage,
-    ) -> None:
+    ) -> tuple[Any, Tensor]:
+        """Add what a batch says of the model as it is switched; return its output and logits."""
         output = self.task.forward(self.board.model, batch)
         after = self.task.supervised_logits(output, batch)
         loss = float(self.task.loss(output, batch))
@@ -184,6 +221,7 @@ class Measurer:
             damage.correct = None
         elif damage.correct is not None:
             damage.correct += _per_unit(chosen == targets, sizes)
+        return output, after
 
 
 class Trace:
@@ -302,18 +340,6 @@ def unit_sizes(batch: Batch, positions: int) -> list[int]:
     if batch.n_samples and positions % batch.n_samples == 0 and batch.labels.ndim != 2:
         return [positions // batch.n_samples] * batch.n_samples
     return [positions]
-
-
-def _targets(batch: Batch, positions: int) -> Tensor | None:
-    """Return the label of each compared position, if the batch has one for each."""
-    candidates = [batch.labels.flatten()]
-    if batch.labels.ndim == 2:
-        candidates.insert(0, batch.labels[:, 1:].flatten())
-    for labels in candidates:
-        found = labels[labels != IGNORED]
-        if len(found) == positions:
-            return found
-    return None
 
 
 def _per_unit(values: Tensor, sizes: Sequence[int]) -> list[Any]:

@@ -13,8 +13,19 @@ VERIFICATION_VERSION = 1
 """Raised when what is measured changes, which measures everything again."""
 SEARCH_VERSION = 1
 """Raised when the search for better recipes changes, which measures what it newly asks for."""
-VERIFICATION_TABLE_VERSION = 3
+VERIFICATION_TABLE_VERSION = 4
 """Raised when the table or its summary changes for the same measurements."""
+
+
+class TaskMetric(msgspec.Struct, kw_only=True):
+    """What the task's own metric says of a model, over all held-out rows."""
+
+    name: str
+    unit: str
+    """``share`` (0 to 1), or any other."""
+    higher_is_better: bool
+    value: float | None
+    """None where not finite, as where no position has a label."""
 
 
 class Damage(msgspec.Struct, kw_only=True):
@@ -33,6 +44,9 @@ class Damage(msgspec.Struct, kw_only=True):
     """Positions of each unit at which the first choice is the label; None without labels."""
     loss: list[float | None]
     """Loss of each batch, summed; None where not finite."""
+    metric: TaskMetric | msgspec.UnsetType | None = msgspec.UNSET
+    """Of a whole recipe; None where the task has none. Unset: not measured, as for single groups
+    and in files of before there were metrics."""
 
 
 class Single(msgspec.Struct, kw_only=True):
@@ -62,6 +76,8 @@ class Before(msgspec.Struct, kw_only=True):
     """Of each batch, summed."""
     tokens: list[int]
     """Supervised tokens of each batch (samples, where there are none)."""
+    metric: TaskMetric | msgspec.UnsetType | None = msgspec.UNSET
+    """As for recipes."""
     photographs: list[int] | None = None
     """Number of each unit's photograph, where units are samples of photographs; several captions of
     one photograph are no independent rows."""
@@ -77,6 +93,8 @@ class Completed(msgspec.Struct, kw_only=True):
     """Format → handle → what it did alone."""
     recipes: dict[str, Damage]
     """By the recipe's digest."""
+    records: dict[str, list[Any]]
+    """Records of the metric, by the recipe's digest; the unquantized model's under ``before``."""
 
 
 class Verification(msgspec.Struct, kw_only=True):

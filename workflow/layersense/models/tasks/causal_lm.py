@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
-from layersense.models.tasks.protocol import Batch, Loaded, Sampling, check_modality
+from layersense.models.tasks.metrics import TopChoice
+from layersense.models.tasks.protocol import Batch, Loaded, Metric, Sampling, check_modality
 from layersense.models.tasks.tokens import (
     check_length,
     count_supervised,
@@ -83,6 +84,10 @@ class CausalLM:
     def supervised_logits(self, output: Any, batch: Batch) -> Tensor:
         """Return the logits of all positions but each block's last, (n_tokens, vocabulary)."""
         return supervised_logits(output, batch)
+
+    def metric(self, loaded: Loaded) -> Metric:
+        """Return the share of tokens predicted right, given the true ones before."""
+        return TopChoice("token accuracy")
 
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""

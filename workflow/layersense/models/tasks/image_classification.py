@@ -22,9 +22,11 @@ from layersense.models.tasks.images import (
     load_image_model,
     photograph,
 )
+from layersense.models.tasks.metrics import TopChoice
 from layersense.models.tasks.protocol import (
     Batch,
     Loaded,
+    Metric,
     Sampling,
     check_modality,
     no_distribution,
@@ -157,6 +159,10 @@ class ImageClassification:
             raise no_distribution(self)
         logits: Tensor = output.float()
         return logits
+
+    def metric(self, loaded: Loaded) -> Metric:
+        """Return the share of photographs whose first choice is their class."""
+        return TopChoice("top-1 accuracy")
 
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""

@@ -14,7 +14,15 @@ from layersense.calibration.sampling import Unit
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
 from layersense.models.loading import first_line, load_model, load_processor
-from layersense.models.tasks.protocol import IGNORED, Batch, Loaded, Sampling, check_modality
+from layersense.models.tasks.metrics import TopChoice
+from layersense.models.tasks.protocol import (
+    IGNORED,
+    Batch,
+    Loaded,
+    Metric,
+    Sampling,
+    check_modality,
+)
 from layersense.models.tasks.tokens import (
     LazyBatches,
     count_supervised,
@@ -223,6 +231,10 @@ class ImageTextToText:
     def supervised_logits(self, output: Any, batch: Batch) -> Tensor:
         """Return the logits that predict captions and ends of turns, (n_tokens, vocabulary)."""
         return supervised_logits(output, batch)
+
+    def metric(self, loaded: Loaded) -> Metric:
+        """Return the share of tokens predicted right, given the true ones before."""
+        return TopChoice("token accuracy")
 
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""

@@ -164,6 +164,9 @@ class ObjectDetection:
         """
         raise no_distribution(self)
 
+    def metric(self, loaded: Loaded) -> None:
+        """Return None: detectors are not verified, so that nothing is judged."""
+
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""
         from layersense.quantization.layers import describe_image_layer

@@ -101,6 +101,34 @@ class Loaded:
     """Names layer groups instead of the task, where names of modules alone do not tell."""
 
 
+class Metric(Protocol):
+    """What a task is judged by, such as token accuracy: one number over all held-out rows."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+
+    @property
+    def unit(self) -> str:
+        """``share`` (0 to 1, shown in percent), or any other word that is written behind it."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of it is better."""
+
+    def records(self, output: Any, logits: Tensor, batch: Batch) -> list[Any]:
+        """Return what :meth:`value` needs of one batch, as values of JSON.
+
+        Args:
+            output: what the task's ``forward`` returned.
+            logits: what its ``supervised_logits`` made of that.
+            batch: on its device.
+        """
+
+    def value(self, records: Sequence[Any]) -> float:
+        """Return the metric over the records of all batches, in their order."""
+
+
 class Task(Protocol):
     """One kind of model. Each task is one file, and stateless."""
 
@@ -158,6 +186,12 @@ class Task(Protocol):
 
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""
+
+    def metric(self, loaded: Loaded) -> Metric | None:
+        """Return what whole recipes are judged by, or None.
+
+        Optional: a task of the user's own that lacks this method has no metric.
+        """
 
 
 def no_distribution(task: Task) -> LayersenseError:

@@ -27,7 +27,15 @@ from layersense.models.tasks.images import (
     photograph,
     stack_images,
 )
-from layersense.models.tasks.protocol import IGNORED, Batch, Loaded, Sampling, check_modality
+from layersense.models.tasks.metrics import MeanIoU
+from layersense.models.tasks.protocol import (
+    IGNORED,
+    Batch,
+    Loaded,
+    Metric,
+    Sampling,
+    check_modality,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -148,6 +156,10 @@ class SemanticSegmentation:
         """Return the main logits of supervised pixels, shape (pixels, classes)."""
         logits = _resized(output[0], batch).movedim(1, -1)
         return logits[batch.labels != IGNORED]
+
+    def metric(self, loaded: Loaded) -> Metric:
+        """Return the mean intersection over union of the classes."""
+        return MeanIoU()
 
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""

@@ -11,7 +11,15 @@ from torch.nn import functional
 
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
-from layersense.models.tasks.protocol import IGNORED, Batch, Loaded, Sampling, check_modality
+from layersense.models.tasks.metrics import TopChoice
+from layersense.models.tasks.protocol import (
+    IGNORED,
+    Batch,
+    Loaded,
+    Metric,
+    Sampling,
+    check_modality,
+)
 from layersense.models.tasks.tokens import check_length, load_text_model, pad_right
 
 if TYPE_CHECKING:
@@ -78,6 +86,10 @@ class Seq2SeqLM:
         """
         logits: Tensor = output.logits[batch.labels != IGNORED]
         return logits.float()
+
+    def metric(self, loaded: Loaded) -> Metric:
+        """Return the share of tokens predicted right, given the true ones before."""
+        return TopChoice("token accuracy")
 
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""
