@@ -575,6 +575,7 @@ def test_the_markdown_report_shows_the_tasks_metric_beside_each_recipe(tmp_path,
     table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[head:]))
     assert len(table) > 5
     assert {line.count("|") for line in table} == {table[0].count("|")}
+    assert set(table[1]) == set("| -:")
     assert all(line.endswith("| 40.0 % |") for line in table[2:])
     assert any("token accuracy, is 50.0 % without quantization" in line for line in lines)
 
