@@ -199,18 +199,31 @@ class Cluster:
 
     def node_state(self) -> str:
         """Return the node's state, such as ``IDLE``."""
-        output = self.ask("sinfo", "--noheader", "--format=%T").stdout.strip()
-        return output.upper()
+        return self._answer("sinfo", "--noheader", "--format=%T").strip().upper()
 
     def jobs(self, *states: str) -> list[str]:
         """Return the ids of jobs in these states (``all`` for every known job)."""
-        output = self.ask("squeue", "--noheader", "--format=%i", f"--states={','.join(states)}")
-        return output.stdout.split()
+        command = ("squeue", "--noheader", "--format=%i", f"--states={','.join(states)}")
+        return self._answer(*command).split()
 
     def job(self, number: str) -> dict[str, str]:
         """Return what ``scontrol show job`` says."""
-        text = self.ask("scontrol", "--oneliner", "show", "job", number).stdout
+        text = self._answer("scontrol", "--oneliner", "show", "job", number)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def _answer(self, *command: str) -> str:
+        """Run one of SLURM's programs until it answers: a busy controller may not, at first."""
+        answers: list[str] = []
+
+        def answered() -> bool:
+            result = self.ask(*command)
+            if result.returncode == 0:
+                answers.append(result.stdout)
+            return bool(answers)
+
+        if not self._until(answered, PATIENCE):
+            raise RuntimeError(f"{' '.join(command)}: no answer")
+        return answers[0]
 
     def _start(self, name: str, *arguments: str) -> None:
         program = shutil.which(name, path=_path())

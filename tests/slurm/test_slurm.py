@@ -179,7 +179,8 @@ def orphaned(story: Story, cluster: Cluster) -> Story:
     successor = started(story, cluster, TARGET)
     text = story.project.results / LOG.replace(".jsonl", ".log")
     until(
-        lambda: "another job works on this run; waiting" in text.read_text(),
+        # Snakemake deletes the log of the job before it.
+        lambda: text.exists() and "another job works on this run; waiting" in text.read_text(),
         "the successor",
         successor,
     )

@@ -274,7 +274,7 @@ NO_MORE_MEMORY = """import resource
             "raise torch.AcceleratorError('CUDA error: an illegal memory access')",
             "the GPU failed (CUDA error",
         ),
-        (NO_MORE_MEMORY, "do not fit into memory"),
+        (NO_MORE_MEMORY, "does not fit into memory"),
     ],
     ids=["CUDA error", "out of memory"],
 )

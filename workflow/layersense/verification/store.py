@@ -11,7 +11,7 @@ from layersense.files import read_record, write_record
 
 VERIFICATION_VERSION = 1
 """Raised when what is measured changes, which measures everything again."""
-SEARCH_VERSION = 1
+SEARCH_VERSION = 2
 """Raised when the search for better recipes changes, which measures what it newly asks for."""
 VERIFICATION_TABLE_VERSION = 4
 """Raised when the table or its summary changes for the same measurements."""
