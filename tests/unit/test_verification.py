@@ -20,8 +20,8 @@ from layersense.errors import LayersenseError
 from layersense.models.tasks import get_task
 from layersense.models.tasks.metrics import TopChoice
 from layersense.models.tasks.protocol import IGNORED, Batch, Sampling
-from layersense.quantization.formats import known_formats
-from layersense.recipes.baselines import random_recipes
+from layersense.quantization.formats import NONE, known_formats
+from layersense.recipes.baselines import outer_first, random_recipes
 from layersense.recipes.decide import build_manifest
 from layersense.recipes.menu import Menu
 from layersense.scoring.in_progress import InProgress
@@ -119,6 +119,21 @@ def test_rivals_have_no_more_bits_than_what_they_are_compared_with():
         baseline = by_label[rival.rival_of]
         assert rival.effective_bits <= baseline.effective_bits * (1 + 1e-9)
         assert rival.predicted <= baseline.predicted
+
+
+def test_a_budget_is_spent_from_the_outside_in():
+    names = [f"model.language_model.layers.{block}.self_attn.o_proj" for block in range(5)]
+    modules = {name: ([name], 1024) for name in [*names, "lm_head"]}
+    scores = sf.make_scores(modules, dict.fromkeys(modules, 1.0))
+    manifest = decide(scores, effective_bits=9.5)
+    menu = Menu.of_manifest(manifest)
+    # Six groups of the same size at 4.125 bits leave 32.25: the head and the first block take
+    # 11.875 each, the last block and the second 3.875 each, and 0.75 is too little for another.
+    recipe = outer_first(menu, manifest.layer_sensitivity, menu.total * 9.5 / 16)
+    assert list(recipe.values()) == [NONE, FP8, INT4, INT4, FP8, NONE]
+    assert outer_first(menu, manifest.layer_sensitivity, menu.total * 3.9 / 16) is None
+    planned = [p for p in make_plan([manifest], OPTIONS).recipes if p.role == "outer_first"]
+    assert [p.effective_bits <= 9.5 for p in planned] == [True]
 
 
 def test_random_recipes_have_the_bits_and_respect_the_scheme():

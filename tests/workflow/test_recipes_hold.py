@@ -54,6 +54,9 @@ def check(file: Path) -> None:
         assert chosen["kl"] < statistics.median(random)
         assert uniform
         assert all(chosen["kl"] < row["kl"] for row in uniform)
+        (outer,) = (row for row in own if row["role"] == "outer_first")
+        assert outer["effective_bits"] <= chosen["effective_bits"] * (1 + 1e-9)
+        assert chosen["kl"] < outer["kl"]
         # First and last block kept takes more bits than these, the head alone being a sixth of
         # the weights; within its bits, the solver's choice is better.
         rivals = {row["rival_of"]: row for row in own if row["role"] == "rival"}

@@ -1,5 +1,6 @@
 """Recipes that need no measurement: what anyone would try first, to compare with."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +10,7 @@ import numpy as np
 from layersense.manifests.schema import LayerSensitivity
 from layersense.quantization.formats import NONE
 from layersense.recipes.menu import Menu, Recipe, recipe_digest
+from layersense.recipes.solver import BUDGET_TOLERANCE
 from layersense.scoring.scores import NONE_BITS
 
 Kind = Literal["uniform", "head_kept", "edges_kept"]
@@ -46,7 +48,7 @@ def baselines(menu: Menu, sensitivity: Mapping[str, LayerSensitivity]) -> Iterat
         sensitivity: the manifest's groups, for subsystem and block.
     """
     head = {handle for handle, group in sensitivity.items() if group.subsystem == "head"}
-    edges = head | _edge_blocks(sensitivity)
+    edges = {handle for handle, depth in _depths(sensitivity).items() if depth <= 0}
     seen: list[Recipe] = []
     formats = dict.fromkeys(name for options in menu.options for name in options if name != NONE)
     for format in formats:
@@ -64,18 +66,62 @@ def baselines(menu: Menu, sensitivity: Mapping[str, LayerSensitivity]) -> Iterat
                 yield Baseline(kind, format, recipe)
 
 
-def _edge_blocks(sensitivity: Mapping[str, LayerSensitivity]) -> set[str]:
-    """Return the groups in the first and the last block of each subsystem that has blocks."""
+def outer_first(
+    menu: Menu, sensitivity: Mapping[str, LayerSensitivity], budget: float
+) -> Recipe | None:
+    """Return the recipe that spends a budget from the outside in, as is done without any scores.
+
+    All groups start in their cheapest format. Then the output head, the first and last block of
+    every subsystem, the second and last but one, and so on, take the dearest format that the rest
+    of the budget pays for (of equally dear ones that of the lowest score); groups outside of
+    blocks come last.
+
+    Args:
+        menu: what each group may take.
+        sensitivity: the manifest's groups, for subsystem and block.
+        budget: limit, as a sum of budget costs.
+
+    Returns:
+        None if no recipe fits the budget.
+    """
+    depths = _depths(sensitivity)
+    found: list[tuple[float, Recipe]] = []
+    for arrangement in menu.arrangements:
+        problem = arrangement.merge(menu.scores, menu.budget_costs)
+        depth = np.full(arrangement.count, np.inf)
+        np.minimum.at(depth, arrangement.row, [depths[handle] for handle in menu.handles])
+        choice = problem.costs.argmin(axis=1)
+        left = budget * (1 + BUDGET_TOLERANCE) - float(problem.costs.min(axis=1).sum())
+        if left < 0:
+            continue
+        for row in np.argsort(depth, kind="stable"):
+            extra = problem.costs[row] - problem.costs[row, choice[row]]
+            paid = np.flatnonzero(extra <= left)
+            choice[row] = paid[np.lexsort((problem.scores[row, paid], -extra[paid]))[0]]
+            left -= float(extra[choice[row]])
+        found.append((left, menu.recipe(arrangement.spread(choice))))
+    return min(found, key=lambda entry: entry[0])[1] if found else None
+
+
+def _depths(sensitivity: Mapping[str, LayerSensitivity]) -> dict[str, float]:
+    """Return how far each group is from the outside of its subsystem, in blocks.
+
+    -1 for the output head, 0 for the first and last block; infinite outside of blocks.
+    """
     blocks: dict[str, list[int]] = {}
     for group in sensitivity.values():
         if group.block is not None:
             blocks.setdefault(group.subsystem, []).append(group.block)
-    return {
-        handle
-        for handle, group in sensitivity.items()
-        if group.block is not None
-        and group.block in (min(blocks[group.subsystem]), max(blocks[group.subsystem]))
-    }
+
+    def depth(group: LayerSensitivity) -> float:
+        if group.subsystem == "head":
+            return -1
+        if group.block is None:
+            return math.inf
+        own = blocks[group.subsystem]
+        return min(group.block - min(own), max(own) - group.block)
+
+    return {handle: depth(group) for handle, group in sensitivity.items()}
 
 
 def random_recipes(menu: Menu, bits: float, count: int, width: float = 0.05) -> list[Recipe]:

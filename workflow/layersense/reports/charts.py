@@ -66,6 +66,7 @@ BETTER = "from measured damage"
 MEASURED = {
     **KINDS,
     "rival": KINDS["frontier"],
+    "outer_first": "outer blocks first, at its bits",
     "random": RANDOM,
     "solved": BETTER,
     "refined": BETTER,

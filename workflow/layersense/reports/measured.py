@@ -92,11 +92,12 @@ class Measured:
 
     @property
     def duels(self) -> list[Duel]:
-        """The solver's choices against baselines of equal bits."""
+        """The solver's choices against recipes of equal bits, but random ones."""
+        random = {row["label"] for row in self.all_recipes if row["role"] == "random"}
         return [
             entry
             for entry in self.summary.duels
-            if entry.scheme == self.scheme and entry.ours != self.scheme
+            if entry.scheme == self.scheme and entry.theirs not in random
         ]
 
 

@@ -10,17 +10,20 @@ import numpy as np
 from layersense.config import Verify
 from layersense.manifests.schema import Manifest, plain_name
 from layersense.quantization.formats import NONE
-from layersense.recipes.baselines import baselines, random_recipes
+from layersense.recipes.baselines import baselines, outer_first, random_recipes
 from layersense.recipes.frontier import frontier
 from layersense.recipes.menu import Menu, Recipe, recipe_digest
 
 Role = Literal[
-    "cache", "scheme", "frontier", "uniform", "head_kept", "edges_kept", "rival", "random",
-    "solved", "refined",
+    "cache", "scheme", "frontier", "uniform", "head_kept", "edges_kept", "rival",
+    "outer_first", "random", "solved", "refined",
 ]  # fmt: skip
-"""``rival``: the best recipe within the bits of a baseline, which it is compared with. ``cache``:
-the key-value cache alone, of a scheme that quantizes it; its other recipes have it too. ``solved``
-and ``refined`` follow from what is measured: see :mod:`layersense.verification.refine`."""
+"""``rival``: the best recipe within the bits of a baseline, which it is compared with.
+``outer_first``: the scheme's bits, spent from the outside in. ``cache``: the key-value cache alone,
+of a scheme that quantizes it; its other recipes have it too. ``solved`` and ``refined`` follow from
+what is measured: see :mod:`layersense.verification.refine`."""
+AT_ITS_BITS = ("outer_first", "random")
+"""Roles of recipes at the scheme's own bits, which its recipe is compared with."""
 CACHE = "key-value cache"
 """Stands among the handles where a recipe's digest is taken."""
 
@@ -168,6 +171,10 @@ def _recipes(manifest: Manifest, options: Verify) -> Iterator[Planned]:
             yield planned(
                 "rival", f"best within the bits of {baseline.label}", rival, baseline.label
             )
-    own_bits = menu.effective_bits(menu.choice(chosen))
+    own = menu.choice(chosen)
+    outer = outer_first(menu, manifest.layer_sensitivity, menu.budget_cost(own))
+    if outer is not None:
+        yield planned("outer_first", "outer blocks first, at its bits", outer)
+    own_bits = menu.effective_bits(own)
     for number, recipe in enumerate(random_recipes(menu, own_bits, options.random), start=1):
         yield planned("random", f"random {number}", recipe)

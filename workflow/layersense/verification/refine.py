@@ -249,7 +249,9 @@ class _Climb:
     def candidates(self, count: int) -> list[Ints]:
         """Return up to ``count`` choices that were not tried, no two of which change one row."""
         found = [self._joint] if self._joint is not None else []
-        changed = set(np.flatnonzero(found[0] != self.current)) if found else set()
+        changed: set[int] = set()
+        if found:
+            changed.update(map(int, np.flatnonzero(found[0] != self.current)))
         for moves in self._swaps():
             if len(found) == count:
                 break

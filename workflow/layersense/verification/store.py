@@ -11,9 +11,9 @@ from layersense.files import read_record, write_record
 
 VERIFICATION_VERSION = 1
 """Raised when what is measured changes, which measures everything again."""
-SEARCH_VERSION = 2
-"""Raised when the search for better recipes changes, which measures what it newly asks for."""
-VERIFICATION_TABLE_VERSION = 4
+PLAN_VERSION = 2
+"""Raised when the plan or the search for better recipes changes: what is new in it is measured."""
+VERIFICATION_TABLE_VERSION = 5
 """Raised when the table or its summary changes for the same measurements."""
 
 

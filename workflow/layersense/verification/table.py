@@ -34,7 +34,7 @@ from layersense.verification.analysis import (
     mean_with_interval,
     ratio_interval,
 )
-from layersense.verification.plan import CACHE, Planned, make_plan, plan_recipe
+from layersense.verification.plan import AT_ITS_BITS, CACHE, Planned, make_plan, plan_recipe
 from layersense.verification.refine import Search, halves, mean_kl, search
 from layersense.verification.store import (
     VERIFICATION_TABLE_VERSION,
@@ -435,14 +435,14 @@ def _duels(
     measured: Mapping[tuple[str, str], tuple[Planned, Damage, float | None]],
     positions: Sequence[int],
 ) -> Iterator[Duel]:
-    """Yield the comparisons at equal bits: rivals against baselines, the choice against random."""
+    """Yield the comparisons at equal bits: rivals against baselines, the choice against others."""
     own = measured.get((scheme, scheme))
     for (name, _), (planned, damage, kl) in measured.items():
         if name != scheme:
             continue
         if planned.role == "rival" and (scheme, planned.rival_of or "") in measured:
             ours, theirs = (planned, damage, kl), measured[scheme, planned.rival_of or ""]
-        elif planned.role == "random" and own is not None:
+        elif planned.role in AT_ITS_BITS and own is not None:
             ours, theirs = own, (planned, damage, kl)
         else:
             continue
@@ -472,8 +472,8 @@ def _verdict(
     planned, _, kl = measured[scheme, scheme]
     total = _sum_of_singles(planned, alone)
     own = [duel for duel in duels if duel.scheme == scheme]
-    random = [duel for duel in own if duel.ours == scheme]
-    others = [duel for duel in own if duel.ours != scheme]
+    random = [duel for duel in own if measured[scheme, duel.theirs][0].role == "random"]
+    others = [duel for duel in own if duel not in random]
     parts = []
     if random and kl is not None:
         beaten = sum(duel.kl_ours < duel.kl_theirs for duel in random)
