@@ -73,3 +73,20 @@ def test_the_bytes_of_4_bit_floats_are_those_predicted(shop: Any, tmp_path: Any)
     choose(shop, NVFP4)
     exported = shop.export(tmp_path)
     assert exported.checked.quantized_bytes == pytest.approx(exported.predicted_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("format", [FP8, NVFP4, WEIGHTS, "MXFP8_ALL_LAYERS_CFG"])
+def test_fused_experts_are_packed_one_by_one(
+    tmp_path_factory: pytest.TempPathFactory, format: str, tmp_path: Any
+) -> None:
+    from test_export import make_shop
+    from tiny_families import qwen3_moe
+
+    shop = make_shop(
+        tmp_path_factory, qwen3_moe, "causal-lm", [format], **{**RUN, "modality": "text"}
+    )
+    choose(shop, format)
+    exported = shop.export(tmp_path)
+    assert exported.checked.problems == []
+    assert exported.checked.vllm == []
+    assert sum(".experts." in module for module in exported.expected.quantized) == 2 * 6 * 3

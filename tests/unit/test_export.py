@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -13,8 +14,9 @@ import torch
 from result_files import measured
 from safetensors.torch import load_file, save_file
 from studies import sample_database, study
-from tiny_families import resnet
+from tiny_families import qwen3_moe, qwen3_vl_moe, resnet
 from tiny_models import edit_json, save_tiny_llama, save_tiny_qwen2_5_vl
+from transformers import Qwen3VLMoeForConditionalGeneration
 
 from layersense.config import OwnFormat, Verify
 from layersense.errors import LayersenseError
@@ -28,7 +30,7 @@ from layersense.export.onnx_check import _Compared, weight_of
 from layersense.export.store import read_exported
 from layersense.export.unpack import unpack
 from layersense.manifests.schema import encode_manifest
-from layersense.quantization.formats import known_formats, resolve_format
+from layersense.quantization.formats import format_settings, known_formats, resolve_format
 from layersense.verification.table import read_measured_recipes, verification_table
 
 FP8, INT8 = "FP8_ALL_LAYERS_CFG", "INT8_ALL_LAYERS_CFG"
@@ -351,6 +353,94 @@ def test_the_check_finds(damage, shipped):
     assert exported.expected.quantized[FIRST] == FP8
 
 
+# --- mixtures of experts ---
+
+MIX = {"layers.0.mlp.experts": FP8, "layers.1.mlp.experts": "INT8_WEIGHT_ONLY_ALL_LAYERS_CFG"}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    return make_shop(tmp_path_factory, qwen3_moe, "causal-lm", [*MIX.values()], **TEXT)
+
+
+def _pick(shop, format_of):
+    """Choose formats by name."""
+
+    def pick(number, handle):
+        labels = shop.manifest.layer_sensitivity[handle].formats
+        return [label.partition("(")[0] for label in labels].index(format_of(handle))
+
+    shop.choose(pick)
+
+
+@pytest.mark.slow
+def test_fused_experts_are_written_one_by_one(mixture, tmp_path):
+    _pick(mixture, lambda handle: next((MIX[part] for part in MIX if part in handle), FP8))
+    exported = mixture.export(tmp_path)
+    assert exported.kept == {}
+    before = load_file(mixture.checkpoint / "model.safetensors")
+    after = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    experts = [name for name in before if ".experts." in name]
+    assert len(experts) == 2 * 6 * 3
+    for name in experts:
+        module, original = name.removesuffix(".weight"), before[name].float()
+        values, scale = after[name].float(), after[f"{module}.weight_scale"]
+        if "layers.0" in name:  # FP8: half a step, by the format's definition, and bfloat16's own
+            assert after[name].dtype == torch.float8_e4m3fn
+            bound = original.abs() / 16 + scale * 2**-10
+            # A runtime loads gate and up as one weight, with one scale.
+            halves = [module] if "down" in module else [
+                f"{module.rpartition('.')[0]}.{half}_proj" for half in ("gate", "up")
+            ]  # fmt: skip
+            largest = max(before[f"{half}.weight"].float().abs().max() for half in halves)
+            assert scale == pytest.approx(float(largest) / 448, rel=0.01)
+            assert after[f"{module}.input_scale"] > 0
+        else:
+            assert after[name].dtype == torch.int8
+            scale = scale[:, None]
+            bound = scale / 2
+        assert ((values * scale - original).abs() <= bound + original.abs() / 128).all(), name
+    listed = json.loads((tmp_path / "checkpoint" / "hf_quant_config.json").read_text())
+    layers = listed["quantization"]["quantized_layers"]
+    assert layers["model.layers.1.mlp.experts"]["quant_algo"] == "W8A16"
+    assert any("vLLM does not read experts of W8A16" in line for line in exported.checked.vllm)
+    # A lost expert is found.
+    _edit_tensors(tmp_path / "checkpoint", lambda t: _drop(t, f"{experts[0]}_scale"))
+    assert f"{experts[0].removesuffix('.weight')}: its weight_scale is missing" in recheck(
+        tmp_path / "checkpoint.json"
+    )
+
+
+@pytest.mark.slow
+def test_experts_that_stay_unquantized_are_written_one_by_one_too(tmp_path_factory, tmp_path):
+    shop = make_shop(tmp_path_factory, qwen3_vl_moe, "image-text-to-text", [FP8])
+    _pick(shop, lambda handle: "NONE" if "experts" in handle else FP8)
+    shop.export(tmp_path)
+    after = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    name = "model.language_model.layers.1.mlp.experts"
+    # This model's own checkpoints hold them as one tensor.
+    assert f"{name}.gate_up_proj" in load_file(shop.checkpoint / "model.safetensors")
+    assert f"{name}.gate_up_proj" not in after
+    model = Qwen3VLMoeForConditionalGeneration.from_pretrained(shop.checkpoint)
+    experts = model.get_submodule(name)
+    gate, up = experts.gate_up_proj[3].split(experts.down_proj.shape[2])
+    for part, weight in (("gate", gate), ("up", up), ("down", experts.down_proj[3])):
+        written = after[f"{name}.3.{part}_proj.weight"]
+        assert torch.equal(written, weight.to(written.dtype)), part
+
+
+def test_awq_is_refused_beside_fused_experts(mixture):
+    manifest = msgspec.convert(msgspec.to_builtins(mixture.manifest), type(mixture.manifest))
+    known = format_settings(known_formats()["INT4_AWQ_ALL_LAYERS_CFG"])
+    for run in manifest.run.values():
+        run.settings["format"] = known
+    _pick(mixture, lambda handle: FP8)
+    for handle, group in manifest.layer_sensitivity.items():
+        group.selected = mixture.manifest.layer_sensitivity[handle].selected
+    with pytest.raises(LayersenseError, match="beside fused experts"):
+        make_plan(manifest)
+
+
 def test_the_check_compares_packed_weights_with_what_was_simulated(shipped):
     exported, out = shipped
     expected = exported.expected
@@ -571,7 +661,7 @@ def test_plans_look_at_shapes(vlm):
     }  # fmt: skip
     try:
         shapes = {
-            name: (64, 40 if name in manifest.layer_sensitivity[handle].module_names else 64)
+            name: [(64, 40 if name in manifest.layer_sensitivity[handle].module_names else 64)]
             for name in manifest.layers
         }
         plan = make_plan(manifest, shapes)

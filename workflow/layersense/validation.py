@@ -662,12 +662,12 @@ class _Checker:
                 continue
             for word in _format_words(self.part("schemes", scheme)):
                 format = self.resolved.get(word) if isinstance(word, str) else None
-                if format is not None and writes(format, task or TASKS[0]) is None:
+                if format is not None and writes(format, menu(task or TASKS[0])) is None:
                     self.add(
                         (*path, "export", i),
                         f"ModelOpt's exporter cannot write format `{word}` of scheme `{scheme}` as "
                         f"it is measured; the nearest one that it can is "
-                        f"`{nearest_format(format, task or TASKS[0])}`",
+                        f"`{nearest_format(format, menu(task or TASKS[0]))}`",
                         scheme,
                     )
 

@@ -24,7 +24,7 @@ from layersense.quantization.formats import (
     known_formats,
 )
 from layersense.recipes.menu import Recipe
-from layersense.recipes.quant_config import bits_of, chosen
+from layersense.recipes.quant_config import bits_of, chosen, holds_experts
 
 Layout = Literal["fp8", "int8", "int4", "nvfp4", "mxfp8"]
 
@@ -141,24 +141,31 @@ class Plan:
     written: dict[str, Written]
 
 
-def menu(task: str) -> Mapping[str, Written]:
-    """Return the formats that are written for a task's models; none for a task of one's own."""
-    return WRITES if task in TASKS else ONNX_WRITES if task in ONNX_TASKS else {}
+def menu(task: str, *, mixture: bool = False) -> Mapping[str, Written]:
+    """Return the formats that are written for a task's models; none for a task of one's own.
+
+    Args:
+        task: the task.
+        mixture: whether the model holds all experts of a layer in one module. The exporter takes
+            such a module for a list of layers as soon as it finds AWQ anywhere in the model.
+    """
+    found = WRITES if task in TASKS else ONNX_WRITES if task in ONNX_TASKS else {}
+    return {name: entry for name, entry in found.items() if not (mixture and "AWQ" in entry.algo)}
 
 
-def writes(format: Format, task: str = TASKS[0]) -> Written | None:
+def writes(format: Format, allowed: Mapping[str, Written] = WRITES) -> Written | None:
     """Return what is written of a format; None if it cannot be exported.
 
     A format counts by what it does: ``W8A8_FP8_FP8`` is ``FP8_ALL_LAYERS_CFG``.
     """
     settings, known = format_settings(format), known_formats()
     return next(
-        (found for name, found in menu(task).items() if format_settings(known[name]) == settings),
+        (found for name, found in allowed.items() if format_settings(known[name]) == settings),
         None,
     )
 
 
-def nearest_format(format: Format, task: str = TASKS[0]) -> str:
+def nearest_format(format: Format, allowed: Mapping[str, Written] = WRITES) -> str:
     """Return the format nearest to one that cannot be exported.
 
     It has the same type of weights if there is one, then activations of the same type, then nearly
@@ -166,7 +173,7 @@ def nearest_format(format: Format, task: str = TASKS[0]) -> str:
     """
     known = known_formats()
     return min(
-        menu(task),
+        allowed,
         key=lambda name: (
             known[name].weight_format != format.weight_format,
             known[name].act_format != format.act_format,
@@ -176,13 +183,15 @@ def nearest_format(format: Format, task: str = TASKS[0]) -> str:
     )
 
 
-def make_plan(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Plan:
+def make_plan(
+    manifest: Manifest, shapes: Mapping[str, Sequence[tuple[int, ...]]] | None = None
+) -> Plan:
     """Return what is to be written of a manifest's recipe.
 
     Args:
         manifest: the recipe.
-        shapes: module → shape of its weight; None before the model is loaded, when only formats and
-            types of layers are looked at.
+        shapes: module → shapes of the matrices that it is written as; None before the model is
+            loaded, when only formats and types of layers are looked at.
 
     Raises:
         LayersenseError: the task has no checkpoint in Hugging Face form, or a format cannot be
@@ -190,7 +199,9 @@ def make_plan(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]] | None =
     """
     task = manifest.model.task
     where = f"{manifest.run_name}, {manifest.scheme.name}"
-    if not menu(task):
+    mixture = any(holds_experts(layer.module_type) for layer in manifest.layers.values())
+    allowed = menu(task, mixture=mixture)
+    if not allowed:
         raise LayersenseError(
             f"{where}: a model of task {task} is not exported; those of "
             f"{', '.join((*TASKS, *ONNX_TASKS))} are"
@@ -213,9 +224,9 @@ def make_plan(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]] | None =
     }
     recipe = chosen(manifest)
     used = set(recipe.values()) - {NONE}
-    written = {name: writes(formats[name], task) for name in formats if name in used}
+    written = {name: writes(formats[name], allowed) for name in formats if name in used}
     if bad := [name for name, found in written.items() if found is None]:
-        raise LayersenseError(_refusal(manifest, formats, recipe, bad))
+        raise LayersenseError(_refusal(manifest, formats, recipe, bad, allowed))
     known = {name: found for name, found in written.items() if found is not None}
     kept: dict[str, str] = {}
     for handle, name in recipe.items():
@@ -226,8 +237,8 @@ def make_plan(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]] | None =
             if task in ONNX_TASKS:
                 reason = None if module_type in _ONNX_LAYERS else _NO_NODES.format(module_type)
             else:
-                shape = None if shapes is None else shapes.get(module)
-                reason = _why_not(module_type, known[name], shape)
+                there = None if shapes is None else shapes[module]
+                reason = _why_not(module_type, known[name], there)
             if reason:
                 kept[handle] = f"{module}: {reason}"
                 break
@@ -280,12 +291,23 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
 _NO_NODES = "Q/DQ nodes are written for linear layers and 2-D convolutions, and this is {}"
 
 
-def _why_not(module_type: str, written: Written, shape: tuple[int, ...] | None) -> str | None:
-    if module_type not in _LINEAR:
+def _why_not(
+    module_type: str, written: Written, shapes: Sequence[tuple[int, ...]] | None
+) -> str | None:
+    is_mixture = holds_experts(module_type)
+    if module_type not in _LINEAR and not is_mixture:
         return f"the exporter packs linear layers, and this is {module_type}"
-    if shape is None:
-        return None
-    outputs, inputs = shape
+    if is_mixture and written.pre_quant_scale:  # SmoothQuant
+        return f"{written.algo} scales the inputs of layers, and of experts the exporter does not"
+    if is_mixture and shapes is not None and not shapes:
+        return (
+            f"the exporter splits experts with the weights `gate_up_proj` and `down_proj`, and "
+            f"{module_type} has others"
+        )
+    return next(filter(None, (_misfit(written, *shape) for shape in shapes or ())), None)
+
+
+def _misfit(written: Written, outputs: int, inputs: int) -> str | None:
     if written.layout == "int4" and outputs % 2:
         return f"packing 4-bit integers takes an even number of outputs, and these are {outputs}"
     if written.block and inputs % written.block:
@@ -299,11 +321,14 @@ def _why_not(module_type: str, written: Written, shape: tuple[int, ...] | None) 
 
 
 def _refusal(
-    manifest: Manifest, formats: Mapping[str, Format], recipe: Recipe, bad: Sequence[str]
+    manifest: Manifest,
+    formats: Mapping[str, Format],
+    recipe: Recipe,
+    bad: Sequence[str],
+    allowed: Mapping[str, Written],
 ) -> str:
     """Return a sentence that names the nearest recipe that can be exported."""
-    task = manifest.model.task
-    here = {name: found for name, found in formats.items() if writes(found, task)}
+    here = {name: found for name, found in formats.items() if writes(found, allowed)}
     changes: dict[tuple[str, str], int] = {}
     nearest = dict(recipe)
     for handle, name in recipe.items():
@@ -321,11 +346,13 @@ def _refusal(
         f"{count} group{'s' * (count > 1)} {new} instead of {old}"
         for (old, new), count in changes.items()
     )
-    advice = ", ".join(dict.fromkeys(nearest_format(formats[name], task) for name in bad))
+    # AWQ among experts is the one such case.
+    mixture = ", beside fused experts" if any(writes(formats[name]) for name in bad) else ""
+    advice = ", ".join(dict.fromkeys(nearest_format(formats[name], allowed) for name in bad))
     return (
         f"{manifest.run_name}, {manifest.scheme.name}: ModelOpt's exporter cannot write "
-        f"{', '.join(bad)} as it was measured; the nearest recipe that can be exported gives "
-        f"{told} ({bits_of(manifest, nearest):.3g} bits instead of "
+        f"{', '.join(bad)} as it was measured{mixture}; the nearest recipe that can be exported "
+        f"gives {told} ({bits_of(manifest, nearest):.3g} bits instead of "
         f"{manifest.autoquant_state.constraints['effective_bits']:.3g}); replace the format in "
         f"`quant_formats` of the scheme, for instance by {advice}"
     )

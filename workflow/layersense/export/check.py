@@ -67,6 +67,12 @@ class Files:
         return tensor
 
 
+def tensor_names(folder: Path) -> set[str]:
+    """Return the names of the tensors in a folder of safetensors."""
+    with ExitStack() as stack:
+        return set(Files(folder, stack).where)
+
+
 def check_checkpoint(
     folder: Path, expected: Expected, simulated: Iterator[tuple[str, Tensor]] | None
 ) -> Checked:
@@ -141,7 +147,7 @@ def _check(
     return Checked(
         problems=found,
         vllm=vllm_rules.problems(
-            config, separate, {module: layout.algo for module, layout in layouts.items()}
+            config, separate, _algorithms(layouts, expected), expected.mixtures
         ),
         tensors=len(sizes),
         bytes=sum(sizes.values()),
@@ -199,18 +205,24 @@ def _names(
     """Yield what is missing of the original's tensors, and what is there without reason."""
     scales = {f"{module}.{suffix}" for module in layouts for suffix in SCALES}
     wanted = set(expected.parameters)
-    heads = {f"{module}.weight" for module in layouts}
+    # What was one tensor before, or none of its own.
+    made = {f"{module}.weight" for module in layouts} | set(expected.changed)
     for name in original.where:
-        # Experts are one tensor in memory. What else the model does not know, it never loaded.
-        if (name in wanted or ".experts." in name) and name not in there:
+        # What else the model does not know, it never loaded.
+        if name in wanted and name not in there:
             yield f"{name}: is missing"
-    for name in sorted(heads - set(there.where)):
+    for name in sorted(made - set(there.where)):
         if name not in original:
             yield f"{name}: is missing"
     caches = {name for pair in map(_cache_scales, expected.cached) for name in pair}
     for name in sorted(caches - set(there.where)):
         yield f"{name}: is missing"
-    known = wanted | scales | caches | set(original.where)
+    split = {
+        f"{mixture}.{weight}"
+        for mixture in expected.mixtures
+        for weight in ("gate_up_proj", "down_proj")
+    }
+    known = wanted | scales | caches | (set(original.where) - split)
     if unknown := [name for name in there.where if name not in known]:
         yield f"{unknown[0]}: belongs to nothing in the model ({len(unknown)} such tensors)"
 
@@ -280,7 +292,7 @@ def _configs(
             name: layer.get("quant_algo")
             for name, layer in section.get("quantized_layers", {}).items()
         }
-        meant = {module: layout.algo for module, layout in layouts.items()}
+        meant = _algorithms(layouts, expected)
         if listed != meant:
             odd = sorted(set(listed.items()) ^ set(meant.items()))
             yield f"hf_quant_config.json: quantized_layers are not the recipe's, {odd[0][0]} first"
@@ -294,6 +306,15 @@ def _configs(
                 yield f"hf_quant_config.json: excludes {module}, which is quantized"
     if not config.get("architectures"):
         yield "config.json: names no architecture"
+
+
+def _algorithms(layouts: Mapping[str, Written], expected: Expected) -> dict[str, str]:
+    """Return the algorithm of each module as the lists name them: all experts of a layer as one."""
+    found = {}
+    for module, layout in layouts.items():
+        mixture = next((name for name in expected.mixtures if module.startswith(f"{name}.")), None)
+        found[mixture or module] = layout.algo
+    return found
 
 
 def _kinds(layouts: Mapping[str, Written]) -> set[tuple[str, int | None]]:

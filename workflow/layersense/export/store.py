@@ -7,7 +7,7 @@ import msgspec
 
 from layersense.files import read_record, write_record
 
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2
 """Raised when what is written for the same recipe changes, which writes it again."""
 ONNX_FILE = "model.onnx"
 FOLDER = "checkpoint"
@@ -33,6 +33,8 @@ class Expected(msgspec.Struct, kw_only=True):
     """All parameters and buffers of the model that a checkpoint stores."""
     dtype: str
     """Safetensors' name of the type of what stays unquantized."""
+    mixtures: list[str] = []
+    """Modules that hold all experts of a layer, which are written expert by expert."""
     onnx: bool = False
     """Whether it is an ONNX file, of which ``quantized``, ``formats`` and ``unquantized`` speak."""
     kv_cache: str | None = None

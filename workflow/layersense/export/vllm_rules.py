@@ -6,7 +6,7 @@ the class or function that it was read in. The real vLLM, where it is installed,
 ``layersense check … --vllm``.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatch
 from typing import Any
 
@@ -27,6 +27,8 @@ ALGORITHMS = frozenset(
 MIXED = frozenset({"FP8", "NVFP4", "W4A16_NVFP4"})
 """Algorithms of single layers that ``ModelOptMixedPrecisionConfig.get_quant_method`` knows; a layer
 of any other is taken for unquantized, and its packed weight is refused or misread."""
+EXPERTS = frozenset({"FP8", "NVFP4", "W4A16_NVFP4", "MXFP8"})
+"""Algorithms of experts: ``ModelOptFp8Config`` has one method for them, with one scale a weight."""
 FUSED = tuple(entry.layers for entry in TARGETS["vllm"].fused)
 """Layers that vLLM loads as one; ``_resolve_quant_algo`` raises where their algorithms differ."""
 
@@ -40,7 +42,10 @@ def excluded(name: str, patterns: Iterable[str]) -> bool:
 
 
 def problems(
-    config: Mapping[str, Any], separate: Mapping[str, Any], quantized: Mapping[str, str]
+    config: Mapping[str, Any],
+    separate: Mapping[str, Any],
+    quantized: Mapping[str, str],
+    mixtures: Collection[str] = (),
 ) -> list[str]:
     """Return why vLLM would not read a checkpoint as it is meant; empty if it would.
 
@@ -48,6 +53,7 @@ def problems(
         config: ``config.json``.
         separate: ``hf_quant_config.json``, which holds the same in its own words.
         quantized: module → its algorithm, as it should be.
+        mixtures: those of the modules that hold experts.
     """
     found = []
     section = config.get("quantization_config")
@@ -84,6 +90,8 @@ def problems(
             found.append(
                 f"{_some(tower)}: of one algorithm alone, vLLM reads a vision tower as unquantized"
             )
+    if odd := [name for name in mixtures if quantized.get(name, "FP8").upper() not in EXPERTS]:
+        found.append(f"{_some(odd)}: vLLM does not read experts of {quantized[odd[0]]}")
     for shards in FUSED:
         found += _unequal(quantized, shards)
     return found

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from layersense.errors import LayersenseError
 from layersense.export.allow import Plan
+from layersense.export.check import tensor_names
+from layersense.export.matrices import is_mixture, matrices, matrix_shapes
 from layersense.export.store import Expected
 from layersense.manifests.schema import Manifest
 from layersense.models.checkpoints import Checkpoint
 from layersense.quantization.formats import NONE
-from layersense.recipes.quant_config import Cache
+from layersense.recipes.quant_config import Cache, holds_experts
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +94,13 @@ def fuse(
     after = _parameters(model)
     tensors: dict[str, Tensor] = {}
     shapes = {}
+    quantized: dict[str, str] = {}
     with torch.no_grad():
-        for name in modules:
-            module = model.get_submodule(name)
-            weight = after[f"{name}.weight"]
-            shapes[to_disk(name)] = list(weight.shape)
-            quantizer: Any = module.weight_quantizer
-            tensors[f"{to_disk(name)}.weight"] = quantizer(weight).cpu()
+        for name, format in modules.items():
+            for part, weight in matrices(name, model.get_submodule(name), quantized=True):
+                quantized[to_disk(part)] = format
+                shapes[to_disk(part)] = list(weight.shape)
+                tensors[f"{to_disk(part)}.weight"] = weight.cpu()
     changed = [
         name
         for name, parameter in after.items()
@@ -106,10 +108,20 @@ def fuse(
     ]
     tensors |= {to_disk(name): after[name].detach().cpu() for name in changed}
     stored = [name for name in model.state_dict() if not _belongs_to_quantizer(name)]
+    mixtures = {name: module for name, module in model.named_modules() if is_mixture(module)}
+    stored = [name for name in stored if name.rpartition(".")[0] not in mixtures]
+    known = tensor_names(Path(original))
+    for name, module in mixtures.items():
+        for part, weight in matrices(name, module, quantized=False):
+            stored.append(f"{part}.weight")
+            # Where the original has them as one tensor, no other copy is left to compare with.
+            if name not in modules and to_disk(stored[-1]) not in known:
+                changed.append(stored[-1])
+                tensors[to_disk(stored[-1])] = weight.detach().cpu()
     dtype = next(p.dtype for p in after.values() if p.is_floating_point())
     expected = Expected(
         original=original,
-        quantized={to_disk(name): format for name, format in modules.items()},
+        quantized=quantized,
         shapes=shapes,
         formats={format: formats[format] for format in sorted(set(modules.values()))},
         unquantized=sorted(
@@ -119,6 +131,7 @@ def fuse(
         ),
         changed=sorted(map(to_disk, changed)),
         parameters=sorted(set(map(to_disk, stored))),
+        mixtures=sorted(map(to_disk, mixtures)),
         dtype=DTYPES[dtype],
         kv_cache=cache.format.partition("_")[0].upper() if cache else None,
         cached=[
@@ -202,8 +215,10 @@ def _is_listed(module: nn.Module, module_type: str) -> bool:
 
     Embeddings it does not: ModelOpt lists some of them and some not, by their class.
     """
-    return isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or module_type.endswith(
-        ("Router", "Experts")
+    return (
+        isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+        or module_type.endswith("Router")
+        or holds_experts(module_type)
     )
 
 
@@ -222,11 +237,10 @@ def _quiet_exporter() -> Iterator[None]:
         logger.debug("%s", line)
 
 
-def weight_shapes(model: nn.Module, manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """Return the shape of the weight of each searched module that has one."""
+def weight_shapes(model: nn.Module, manifest: Manifest) -> dict[str, list[tuple[int, ...]]]:
+    """Return the shapes of the weight matrices of each searched module."""
     modules = [name for group in manifest.layer_sensitivity.values() for name in group.module_names]
-    weights = {name: getattr(model.get_submodule(name), "weight", None) for name in modules}
-    return {name: tuple(weight.shape) for name, weight in weights.items() if weight is not None}
+    return {name: matrix_shapes(model.get_submodule(name)) for name in modules}
 
 
 def quant_algo(folder: Path) -> str:

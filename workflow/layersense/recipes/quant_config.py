@@ -168,7 +168,7 @@ def make_parts(
             continue
         entries: list[Entry] = [{"quantizer_name": "*", "enable": False}]
         for module in members:
-            entries += _entries(module, format, fused=_is_fused(types[module]))
+            entries += _entries(module, format, fused=holds_experts(types[module]))
         method = format.algorithm["method"] if format.algorithm else ""
         parts.append(
             Part(
@@ -257,6 +257,6 @@ def _entries(module: str, format: Format, *, fused: bool) -> list[Entry]:
     return entries
 
 
-def _is_fused(module_type: str) -> bool:
+def holds_experts(module_type: str) -> bool:
     """Return whether a module holds all experts of a layer in one tensor."""
     return "Experts" in module_type

@@ -116,8 +116,8 @@ def enabled_quantizers(model: nn.Module) -> dict[str, dict[str, dict[str, Any]]]
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, TensorQuantizer | SequentialQuantizer):
-            continue
+        if isinstance(module, TensorQuantizer | SequentialQuantizer | nn.ModuleList):
+            continue  # told by the module that has them
         for attribute, quantizer in _quantizers(module).items():
             first = quantizer
             while isinstance(first, SequentialQuantizer | nn.ModuleList):
