@@ -23,7 +23,7 @@ from layersense.config import Scheme  # noqa: E402
 from layersense.errors import LayersenseError  # noqa: E402
 from layersense.models.tasks import get_task  # noqa: E402
 from layersense.models.tasks.images import photograph, to_tensor  # noqa: E402
-from layersense.models.tasks.protocol import Batch, Loaded, Sampling  # noqa: E402
+from layersense.models.tasks.protocol import Loaded, Sampling  # noqa: E402
 from layersense.recipes.decide import build_manifest  # noqa: E402
 
 MODALITIES = {
@@ -522,14 +522,11 @@ def test_several_categories_are_several_yes_or_no(shared: Path, checkpoint: Any)
         shown = {families.CATEGORIES.index(item.category) for item in row.objects}
         assert set(labels.nonzero().flatten().tolist()) == shown
     output = task.forward(loaded.model, batch)
+    logits = task.supervised_logits(output, batch)
+    assert torch.allclose(logits.softmax(-1)[..., 0], output.sigmoid())
+    run = {"method": "kl_div", "modality": "image_labels", "device": "cpu"}
     with pytest.raises(LayersenseError, match="no one output distribution"):
-        task.supervised_logits(output, batch)
-
-
-def test_detectors_have_no_one_distribution() -> None:
-    empty = Batch({}, torch.zeros(0), 0, 0, 0, 0)
-    with pytest.raises(LayersenseError, match="set `method: gradient`"):
-        get_task("object-detection").supervised_logits(None, empty)
+        study(shared, checkpoint("vit"), "image-classification", **run)
 
 
 def test_detectors_that_sample_at_random_are_refused(tmp_path: Path) -> None:

@@ -54,8 +54,11 @@ def test_mean_iou_counts_pixels_over_all_photographs():
 
 
 def test_each_task_says_what_it_is_judged_by():
+    def find(output, size):
+        return []
+
     found = {
-        name: metric_of(get_task(name), None)
+        name: metric_of(get_task(name), SimpleNamespace(processor=SimpleNamespace(find=find)))
         for name in (
             "causal-lm", "image-text-to-text", "seq2seq-lm", "image-classification",
             "semantic-segmentation", "object-detection",
@@ -67,8 +70,11 @@ def test_each_task_says_what_it_is_judged_by():
         "seq2seq-lm": "token accuracy",
         "image-classification": "top-1 accuracy",
         "semantic-segmentation": "mean IoU",
-        "object-detection": None,
+        "object-detection": "mAP@[.5:.95]",
     }
+    # A checkpoint whose processor does not sort out what it found.
+    nothing = SimpleNamespace(processor=SimpleNamespace(find=None))
+    assert metric_of(get_task("object-detection"), nothing) is None
     assert metric_of(SimpleNamespace(name="mine"), None) is None
     wrong = SimpleNamespace(name="mine", metric=lambda loaded: SimpleNamespace(name="x"))
     with pytest.raises(LayersenseError, match="lacks unit, higher_is_better, records, value"):

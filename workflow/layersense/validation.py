@@ -633,12 +633,6 @@ class _Checker:
                 f"needs held-out rows; set `heldout` of dataset `{run['dataset']}`, or leave "
                 "`verify` out",
             )
-        task = self.part("models", run.get("model")).get("task")
-        if task in models.TASK_METHODS and "kl_div" not in models.TASK_METHODS[task]:
-            self.add(
-                (*path, "verify"),
-                f"task `{task}` has no one output distribution to compare; leave `verify` out",
-            )
 
     def _check_export(self, path: Path_, run: Part) -> None:
         schemes = run.get("schemes", ())

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
 from layersense.models.loading import first_line, load_weights, write_weights
+from layersense.models.tasks.detections import Detected, from_middles
 from layersense.quantization.layers import LayerName, describe_image_layer
 
 if TYPE_CHECKING:
@@ -158,13 +160,13 @@ def _check_network(checkpoint: Checkpoint, network: dict[str, Any]) -> None:
         )
 
 
-def forward(model: Any, batch: Batch) -> Callable[[int, dict[str, Tensor]], Tensor]:
-    """Run a detector in eval mode; return the loss of one photograph as a function.
+def forward(model: Any, batch: Batch) -> Detected:
+    """Run a detector in eval mode.
 
     In eval mode the one-to-one head of an end-to-end model, which is what is deployed, hands its
     gradient on to the neck; training keeps it from that.
     """
-    _, outputs = model(batch.inputs["pixel_values"])
+    decoded, outputs = model(batch.inputs["pixel_values"])
     criterion = model.init_criterion()
 
     def one(index: int, target: dict[str, Tensor]) -> Tensor:
@@ -177,7 +179,31 @@ def forward(model: Any, batch: Batch) -> Callable[[int, dict[str, Tensor]], Tens
         loss: Tensor = criterion(_cut(outputs, index), sample)[0]
         return loss.float().sum()
 
-    return one
+    # Of two heads, that which is deployed.
+    deployed = outputs.get("one2one", outputs)
+    height, width = batch.inputs["pixel_values"].shape[-2:]
+    return Detected(
+        loss=one,
+        logits=deployed["scores"].transpose(1, 2),
+        boxes=partial(_boxes, decoded, height, width),
+        raw=decoded,
+    )
+
+
+def _boxes(decoded: Tensor, height: int, width: int) -> Tensor:
+    middles = decoded[:, :4].transpose(1, 2)
+    return from_middles(middles) / torch.tensor([width, height] * 2, device=decoded.device)
+
+
+def found(output: Detected, size: tuple[int, int]) -> list[dict[str, Tensor]]:
+    """Sort out as ultralytics does to validate: scores above 0.001, IoU of neighbours up to 0.7."""
+    from ultralytics.utils.nms import non_max_suppression
+
+    rows = non_max_suppression(output.raw, conf_thres=0.001, iou_thres=0.7, max_det=300)
+    return [
+        {"boxes": row[:, :4], "scores": row[:, 4], "labels": row[:, 5].to(torch.int64)}
+        for row in rows
+    ]
 
 
 def _cut(value: Any, index: int) -> Any:

@@ -42,6 +42,26 @@ class Measured:
         return row["metric"] if unit in ("share", "") else f"{row['metric']} ({unit})"
 
     @property
+    def metric_title(self) -> str | None:
+        """The same as a heading; the small letter stays where a large one follows, as in mAP."""
+        name = self.metric
+        return name if name is None or name[1:2].isupper() else f"{name[0].upper()}{name[1:]}"
+
+    @staticmethod
+    def kl_note(task: str) -> str:
+        """Say what the measured damage of a task's models is."""
+        what = (
+            "KL is the Kullback–Leibler divergence from the unquantized model's predictions, in "
+            "nats per position"
+        )
+        if task != "object-detection":
+            return what
+        return (
+            f"{what}: a query or an anchor, all its classes, and with them what its box moved, in "
+            "the units of the loss"
+        )
+
+    @property
     def metric_note(self) -> str:
         """What the metric is without quantization, and in which direction it is better."""
         row = next(row for row in self.recipes if row["metric"] is not None)

@@ -22,7 +22,7 @@ from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import nn
 
 from layersense.errors import LayersenseError
-from layersense.models.tasks.protocol import Batch, Loaded
+from layersense.models.tasks.protocol import Batch, Loaded, no_distribution
 from layersense.progress import duration
 from layersense.quantization.formats import Format
 from layersense.quantization.modelopt_formats import joint_calls, modelopt_config
@@ -241,6 +241,8 @@ class _Steps:
         assert self._batch is not None
         task, started = self.measurement.task, time.perf_counter()
         logits = task.supervised_logits(task.forward(model, self._batch), self._batch)
+        if logits.ndim != 2:
+            raise no_distribution(task)
         if first and index == self.skipped:
             self._announce(time.perf_counter() - started)
         return logits

@@ -3,8 +3,8 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ CHUNK = 2**25
 
 Single = tuple[str, str]
 """Format and handle."""
+Divergence = Callable[[Any, Any], Tensor]
+"""Of two outputs of a task: what differs beside their distributions, shape (positions,), in units
+of the loss. Optional method ``divergence`` of a task."""
 
 
 class Measurer:
@@ -58,6 +61,8 @@ class Measurer:
     ) -> None:
         self.board, self.task, self.batches = board, task, batches
         self.device, self.dtype, self.metric = device, dtype, metric
+        self._choices: Choices = getattr(task, "same_choices", NoChoices)()
+        self._divergence: Divergence | None = getattr(task, "divergence", None)
         self.exact_reuse = True
 
     @torch.inference_mode()
@@ -137,8 +142,8 @@ class Measurer:
             records.setdefault(key, []).extend(self.metric.records(output, logits, batch))
 
     def _judged(self, records: Mapping[str, list[Any]], key: str) -> TaskMetric | None:
-        """Return the metric over all batches; None where the task has none."""
-        if self.metric is None:
+        """Return the metric over all batches; None where the task has none, or nothing to judge."""
+        if self.metric is None or not records[key]:
             return None
         value = self.metric.value(records[key])
         return TaskMetric(
@@ -158,18 +163,18 @@ class Measurer:
         records: dict[str, list[Any]],
     ) -> None:
         self.board.clear()
-        with Trace(self.board) as trace:
-            output = self.task.forward(self.board.model, batch)
-        logits = self.task.supervised_logits(output, batch)
-        loss = float(self.task.loss(output, batch))
+        with Trace(self.board) as trace, self._choices.noted():
+            unquantized = self.task.forward(self.board.model, batch)
+        logits = self.task.supervised_logits(unquantized, batch)
+        loss = float(self.task.loss(unquantized, batch))
         if not (torch.isfinite(logits).all() and math.isfinite(loss)):
             raise LayersenseError(
                 "the unquantized model's outputs on the held-out rows are not finite; check the "
                 "checkpoint and `dtype` of the run"
             )
         sizes = unit_sizes(batch, len(logits))
-        targets = position_labels(batch, len(logits))
-        self._record(records, BEFORE, output, logits, batch)
+        targets = position_labels(batch, len(logits)) if logits.ndim == 2 else None
+        self._record(records, BEFORE, unquantized, logits, batch)
         before.positions += sizes
         before.loss.append(loss)
         before.tokens.append(batch.n_tokens)
@@ -182,16 +187,18 @@ class Measurer:
         for (format, handle), damage in alone.items():
             self.board.switch({handle: format})
             with trace.reuse(handle if self.exact_reuse else None):
-                self._compare(batch, logits, targets, sizes, damage)
+                self._compare(batch, unquantized, logits, targets, sizes, damage)
         for digest, damage in whole.items():
             self.board.switch(recipes[digest].recipe, recipes[digest].kv_cache)
-            output, after = self._compare(batch, logits, targets, sizes, damage)
+            output, after = self._compare(batch, unquantized, logits, targets, sizes, damage)
+            if self.metric is not None and self._choices.any:  # it is judged by its own choices
+                output = self.task.forward(self.board.model, batch)
             self._record(records, digest, output, after, batch)
 
     def _check_reuse(self, trace: "Trace", batch: Batch, logits: Tensor) -> None:
         """Give reuse up unless it reproduces the unquantized outputs exactly, twice."""
         for _ in range(2):
-            with trace.reuse(trace.last):
+            with trace.reuse(trace.last), self._choices.again():
                 output = self.task.forward(self.board.model, batch)
             if not torch.equal(self.task.supervised_logits(output, batch), logits):
                 logger.info("reusing the forward up to a layer is not exact here: left off")
@@ -201,27 +208,57 @@ class Measurer:
     def _compare(
         self,
         batch: Batch,
+        unquantized: Any,
         logits: Tensor,
         targets: Tensor | None,
         sizes: Sequence[int],
         damage: Damage,
     ) -> tuple[Any, Tensor]:
         """Add what a batch says of the model as it is switched; return its output and logits."""
-        output = self.task.forward(self.board.model, batch)
+        with self._choices.again():
+            output = self.task.forward(self.board.model, batch)
         after = self.task.supervised_logits(output, batch)
         loss = float(self.task.loss(output, batch))
-        chosen = after.argmax(dim=-1)
+        agree = _all_at(after.argmax(dim=-1) == logits.argmax(dim=-1))
+        divergence = kl_divergence(logits, after)
+        if self._divergence is not None:
+            divergence += self._divergence(unquantized, output)
         damage.kl += [
-            value if math.isfinite(value) else None
-            for value in _per_unit(kl_divergence(logits, after), sizes)
+            value if math.isfinite(value) else None for value in _per_unit(divergence, sizes)
         ]
-        damage.agree += _per_unit(chosen == logits.argmax(dim=-1), sizes)
+        damage.agree += _per_unit(agree, sizes)
         damage.loss.append(loss if math.isfinite(loss) else None)
         if targets is None:
             damage.correct = None
         elif damage.correct is not None:
-            damage.correct += _per_unit(chosen == targets, sizes)
+            damage.correct += _per_unit(after.argmax(dim=-1) == targets, sizes)
         return output, after
+
+
+class Choices(Protocol):
+    """What a model chooses on the way, and can be given again; see ``Task.same_choices``."""
+
+    @property
+    def any(self) -> bool:
+        """Whether it chose at all."""
+
+    def noted(self) -> AbstractContextManager[None]:
+        """Note what it chooses."""
+
+    def again(self) -> AbstractContextManager[None]:
+        """Give it the same again."""
+
+
+class NoChoices:
+    """Of tasks whose outputs correspond anyway."""
+
+    any = False
+
+    def noted(self) -> AbstractContextManager[None]:
+        """Do nothing."""
+        return nullcontext()
+
+    again = noted
 
 
 class Trace:
@@ -308,17 +345,20 @@ def kl_divergence(before: Tensor, after: Tensor) -> Tensor:
     layer: a third of a small model's groups ranked at random.
 
     Args:
-        before: logits, shape (positions, classes), float32.
+        before: logits, shape (positions, classes), float32; where a position has several
+            independent distributions, their divergences add up: (positions, …, classes).
         after: the same of the other model.
     """
-    rows = max(1, CHUNK // max(1, before.shape[-1]))
+    rows = max(1, CHUNK // max(1, before[:1].numel()))
     found = [
         functional.kl_div(
             functional.log_softmax(theirs.double(), dim=-1),
             functional.log_softmax(ours.double(), dim=-1),
             reduction="none",
             log_target=True,
-        ).sum(dim=-1)
+        )
+        .flatten(1)
+        .sum(dim=-1)
         for ours, theirs in zip(torch.split(before, rows), torch.split(after, rows), strict=True)
     ]
     return torch.cat(found) if found else before.new_zeros(0, dtype=torch.float64)
@@ -340,6 +380,11 @@ def unit_sizes(batch: Batch, positions: int) -> list[int]:
     if batch.n_samples and positions % batch.n_samples == 0 and batch.labels.ndim != 2:
         return [positions // batch.n_samples] * batch.n_samples
     return [positions]
+
+
+def _all_at(equal: Tensor) -> Tensor:
+    """Return where all decisions of a position are equal, shape (positions,)."""
+    return equal.reshape(len(equal), -1).all(dim=-1)
 
 
 def _per_unit(values: Tensor, sizes: Sequence[int]) -> list[Any]:

@@ -554,7 +554,7 @@ def _predicts_badly(entry: Correlation) -> Finding:
             )
             fix = (
                 "Do not rely on this format's ranking. Score rows of the kind that is deployed, "
-                "and compare with method: kl_div."
+                "and compare with method: kl_div where the task has it."
             )
     return Finding(
         code=Code.SCORE_PREDICTS_BADLY,

@@ -21,6 +21,7 @@ from layersense.models.tasks.images import (
     labels_of,
     load_image_model,
     photograph,
+    yes_or_no,
 )
 from layersense.models.tasks.metrics import TopChoice
 from layersense.models.tasks.protocol import (
@@ -29,7 +30,6 @@ from layersense.models.tasks.protocol import (
     Metric,
     Sampling,
     check_modality,
-    no_distribution,
 )
 from layersense.models.tasks.tokens import LazyBatches
 
@@ -152,13 +152,11 @@ class ImageClassification:
     def supervised_logits(self, output: Any, batch: Batch) -> Tensor:
         """Return the logits, shape (B, classes).
 
-        Raises:
-            LayersenseError: the photographs have several classes each.
+        Returns:
+            Shape (B, classes, 2) where each class is a yes or no of its own.
         """
-        if batch.labels.is_floating_point():
-            raise no_distribution(self)
         logits: Tensor = output.float()
-        return logits
+        return yes_or_no(logits) if batch.labels.is_floating_point() else logits
 
     def metric(self, loaded: Loaded) -> Metric:
         """Return the share of photographs whose first choice is their class."""

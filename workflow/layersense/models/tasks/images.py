@@ -210,6 +210,18 @@ def padded_batches(
     )
 
 
+def yes_or_no(logits: Tensor) -> Tensor:
+    """Return logits of "yes" as those of "yes" and "no": the sigmoid of one is the softmax of two.
+
+    Args:
+        logits: any shape.
+
+    Returns:
+        Shape (…, 2).
+    """
+    return torch.stack([logits, torch.zeros_like(logits)], dim=-1)
+
+
 def labels_of(config: Any) -> dict[str, int]:
     """Return name → number of the classes in a transformers config."""
     return classes_by_name(sorted((int(number), name) for number, name in config.id2label.items()))

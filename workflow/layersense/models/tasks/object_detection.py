@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,15 @@ from layersense.errors import LayersenseError
 from layersense.models import yolo
 from layersense.models.checkpoints import Checkpoint
 from layersense.models.loading import first_line, load_image_processor, start_gradients
+from layersense.models.tasks.detections import (
+    AveragePrecision,
+    Detected,
+    Find,
+    SameQueries,
+    box_damage,
+    distributions,
+    from_middles,
+)
 from layersense.models.tasks.images import (
     classes_by_name,
     find_class,
@@ -28,9 +38,9 @@ from layersense.models.tasks.images import (
 from layersense.models.tasks.protocol import (
     Batch,
     Loaded,
+    Metric,
     Sampling,
     check_modality,
-    no_distribution,
 )
 
 if TYPE_CHECKING:
@@ -81,6 +91,8 @@ class Detector:
     """What height and width of its images are multiples of."""
     padding: float = 0.0
     """Value of the pixels that fill up an image."""
+    find: Find | None = None
+    """Sorts out what the model found; None if its checkpoint has no way to."""
 
 
 class ObjectDetection:
@@ -112,16 +124,20 @@ class ObjectDetection:
             processor = load_image_processor(checkpoint)
             masked = "pixel_mask" in processor.model_input_names
             prepare: Any = partial(_by_processor, processor)
-            detector = Detector(labels_of(own.config), prepare, masked=masked)
+            sort_out = getattr(processor, "post_process_object_detection", None)
+            find = None if sort_out is None else partial(_found_by_processor, sort_out)
+            detector = Detector(labels_of(own.config), prepare, masked=masked, find=find)
             return Loaded(model, detector, checkpoint.id, warnings)
         classes = classes_by_name(enumerate(config["categories"]))
         if type(model).__name__ == "DetectionModel":
             prepare, step = partial(_by_size, config["image"]["size"]), int(max(own.stride))
-            detector = Detector(classes, prepare, step=step, padding=yolo.GREY)
+            detector = Detector(classes, prepare, step=step, padding=yolo.GREY, find=yolo.found)
             describe = partial(yolo.describe, len(own.yaml["backbone"]), len(own.model) - 1)
             return Loaded(model, detector, checkpoint.id, warnings, describe)
         _dense(model)
-        detector = Detector(classes, partial(_by_transform, own.transform), shares=False)
+        prepare = partial(_by_transform, own.transform)
+        find = partial(_found_by_torchvision, own)
+        detector = Detector(classes, prepare, shares=False, find=find)
         return Loaded(model, detector, checkpoint.id, warnings)
 
     def batches(
@@ -145,27 +161,48 @@ class ObjectDetection:
             step=detector.step,
         )
 
-    def forward(self, model: nn.Module, batch: Batch) -> Any:
+    def forward(self, model: nn.Module, batch: Batch) -> Detected:
         """Run the model on the batch; what its loss reads is kept in the result."""
         if kind := _KINDS.get(type(model).__name__):
             return kind(model, batch)
-        return model(**batch.inputs, labels=list(batch.targets)).loss
+        own: Any = model
+        output = own(**batch.inputs, labels=list(batch.targets))
+        logits, boxes = output.logits, output.pred_boxes
+        # DETR's relatives have a class more, "nothing"; those with a focal loss have not.
+        nothing = own.config.num_labels if logits.shape[-1] > own.config.num_labels else None
+        return Detected(
+            loss=output.loss,
+            logits=logits,
+            boxes=partial(from_middles, boxes),
+            raw=SimpleNamespace(logits=logits, pred_boxes=boxes),
+            nothing=nothing,
+        )
 
-    def loss(self, output: Any, batch: Batch) -> Tensor:
+    def loss(self, output: Detected, batch: Batch) -> Tensor:
         """Return the model's own loss of each photograph, summed, a float32 scalar."""
-        losses = [output(index, target) for index, target in enumerate(batch.targets)]
+        losses = [output.loss(index, target) for index, target in enumerate(batch.targets)]
         return torch.stack(losses).sum()
 
-    def supervised_logits(self, output: Any, batch: Batch) -> Tensor:
-        """Refuse: boxes and classes are no one distribution.
+    def supervised_logits(self, output: Detected, batch: Batch) -> Tensor:
+        """Return the logits of the classes at each query or anchor.
 
-        Raises:
-            LayersenseError: always.
+        Returns:
+            Shape (positions, classes), or (positions, classes, 2) where each is yes or no.
         """
-        raise no_distribution(self)
+        return distributions(output)
 
-    def metric(self, loaded: Loaded) -> None:
-        """Return None: detectors are not verified, so that nothing is judged."""
+    def divergence(self, before: Detected, after: Detected) -> Tensor:
+        """Return what differs beside the classes: boxes, in units of the loss."""
+        return box_damage(before, after)
+
+    def same_choices(self) -> SameQueries:
+        """Return what lets a model choose the same queries again."""
+        return SameQueries()
+
+    def metric(self, loaded: Loaded) -> Metric | None:
+        """Return COCO's average precision."""
+        detector: Detector = loaded.processor
+        return None if detector.find is None else AveragePrecision(detector.find)
 
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""
@@ -282,6 +319,16 @@ def _scaled(sample: Sample, canvas: tuple[int, int]) -> dict[str, Tensor]:
 # --- transformers --------------------------------------------------------------------------------
 
 
+def _found_by_processor(
+    sort_out: Any, output: Detected, size: tuple[int, int]
+) -> list[dict[str, Tensor]]:
+    """Sort out as a checkpoint's processor does, whatever the score."""
+    found: list[dict[str, Tensor]] = sort_out(
+        output.raw, threshold=0.0, target_sizes=[size] * len(output.logits)
+    )
+    return found
+
+
 class _Postponed:
     """Stands for a model's loss function and keeps what it is called with.
 
@@ -350,15 +397,15 @@ class _Dense:
     loss: Callable[[Any, dict[str, Tensor], dict[str, Tensor], list[Tensor], list[int]], Any]
     """Of the model, one target, one image's head outputs, its anchors, anchors of each level."""
 
-    def __call__(self, model: Any, batch: Batch) -> Any:
-        """Run backbone and heads; return the loss of one photograph as a function."""
+    def __call__(self, model: Any, batch: Batch) -> Detected:
+        """Run backbone and heads."""
         from torchvision.models.detection.image_list import ImageList
 
         pixels = batch.inputs["pixel_values"]
         features = model.backbone(pixels)
         levels = [features] if isinstance(features, Tensor) else list(features.values())
         heads = model.head(levels)
-        sizes = [tuple(pixels.shape[-2:])] * len(pixels)
+        sizes = [(pixels.shape[-2], pixels.shape[-1])] * len(pixels)
         anchors = model.anchor_generator(ImageList(pixels, sizes), levels)
         per_level = [level.shape[-2] * level.shape[-1] for level in levels]
 
@@ -367,7 +414,41 @@ class _Dense:
             losses = self.loss(model, target, outputs, [anchors[index].float()], per_level)
             return torch.stack([loss.float() for loss in losses.values()]).sum()
 
-        return one
+        return Detected(
+            loss=one,
+            logits=heads["cls_logits"],
+            boxes=partial(_decoded, model, heads["bbox_regression"], anchors, sizes[0]),
+            raw=(heads, anchors, per_level),
+            nothing=0 if type(model).__name__ == "SSD" else None,
+        )
+
+
+def _decoded(
+    model: Any, regression: Tensor, anchors: Sequence[Tensor], size: tuple[int, int]
+) -> Tensor:
+    """Return what the heads say of each anchor as boxes, in shares of the image."""
+    coder = model.box_coder
+    # That of FCOS goes by distances, and takes a batch.
+    decode = getattr(coder, "decode_single", coder.decode)
+    boxes = [decode(own, there) for own, there in zip(regression.float(), anchors, strict=True)]
+    scale = torch.tensor([size[1], size[0]] * 2, device=regression.device)
+    return torch.stack(boxes) / scale
+
+
+def _found_by_torchvision(
+    model: Any, output: Detected, size: tuple[int, int]
+) -> list[dict[str, Tensor]]:
+    """Sort out as a model of torchvision does after its heads."""
+    heads, anchors, per_level = output.raw
+    if type(model).__name__ != "SSD":  # the others sort level by level
+        each = heads["cls_logits"].shape[1] // sum(per_level)
+        counts = [count * each for count in per_level]
+        heads = {name: list(value.split(counts, dim=1)) for name, value in heads.items()}
+        anchors = [list(boxes.split(counts)) for boxes in anchors]
+    found: list[dict[str, Tensor]] = model.postprocess_detections(
+        heads, anchors, [size] * len(output.logits)
+    )
+    return found
 
 
 def _retinanet_loss(
@@ -400,8 +481,8 @@ _DENSE = {
     "FCOS": _Dense(_fcos_loss),
     "SSD": _Dense(_ssd_loss),
 }
-_KINDS: dict[str, Callable[[Any, Batch], Any]] = {**_DENSE, "DetectionModel": yolo.forward}
-"""Class → what runs a model that is none of transformers, and returns one photograph's loss."""
+_KINDS: dict[str, Callable[[Any, Batch], Detected]] = {**_DENSE, "DetectionModel": yolo.forward}
+"""Class → what runs a model that is none of transformers."""
 
 
 def _dense(model: nn.Module) -> None:

@@ -130,7 +130,12 @@ class Metric(Protocol):
 
 
 class Task(Protocol):
-    """One kind of model. Each task is one file, and stateless."""
+    """One kind of model. Each task is one file, and stateless.
+
+    Where an output is more than distributions, or stands in the order of what a model chose on the
+    way, a task also has ``divergence`` or ``same_choices``: see ``Divergence`` and ``Choices`` in
+    :mod:`layersense.verification.measure`.
+    """
 
     @property
     def name(self) -> str:
@@ -178,7 +183,11 @@ class Task(Protocol):
         """
 
     def supervised_logits(self, output: Any, batch: Batch) -> Tensor:
-        """Return the logits that the loss reads, shape (n, classes), float32; for ``kl_div``.
+        """Return the logits that are compared, float32; for ``kl_div`` and ``verify``.
+
+        Returns:
+            Shape (n, classes); or (n, k, classes) of a task that is verified and not scored by
+            ``kl_div``, where a position has k independent distributions.
 
         Raises:
             LayersenseError: the task has no one output distribution.

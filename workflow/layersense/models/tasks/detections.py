@@ -1,0 +1,236 @@
+"""What detectors find, and what it is worth: COCO's average precision (torch)."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torchvision.ops import generalized_box_iou_loss
+
+from layersense.models.tasks.images import yes_or_no
+
+if TYPE_CHECKING:
+    from layersense.models.tasks.protocol import Batch
+
+MOST = 100
+"""Detections of a photograph that count, as COCO has it."""
+_TOPK = (torch.topk, Tensor.topk)
+
+
+@dataclass(frozen=True)
+class Detected:
+    """A detector's output, before anything is sorted out."""
+
+    loss: Callable[[int, dict[str, Tensor]], Tensor]
+    """The loss of one photograph: its number in the batch, its target."""
+    logits: Tensor
+    """Of the classes at each query or anchor, shape (B, positions, classes)."""
+    boxes: Callable[[], Tensor]
+    """Gives the box of each position by its corners, in shares of the image, shape (B, positions,
+    4)."""
+    raw: Any
+    """What the model's own way of sorting reads."""
+    nothing: int | None = None
+    """The class that stands for "nothing" where a position is of one class (softmax); None where
+    each class is a yes or no of its own (sigmoid)."""
+
+
+Find = Callable[[Detected, tuple[int, int]], "list[dict[str, Tensor]]"]
+"""A model's own way from its output, and height and width of its images, to ``boxes`` by their
+corners in pixels, ``scores`` and ``labels`` of each photograph."""
+
+
+def distributions(output: Detected) -> Tensor:
+    """Return what a detector says at each position, as logits in float32.
+
+    Returns:
+        Shape (positions, classes) where a position is of one class, and (positions, classes, 2)
+        where each class is yes or no: independent of each other, so that divergences add up.
+    """
+    logits = output.logits.float().flatten(0, 1)
+    return yes_or_no(logits) if output.nothing is None else logits
+
+
+def box_damage(before: Detected, after: Detected) -> Tensor:
+    """Return how far boxes moved, in the units of the loss, shape (positions,), float64.
+
+    5 · L1 + 2 · (1 - GIoU) of the two boxes of a position, the box terms of DETR's loss with its
+    weights (Carion et al., End-to-End Object Detection with Transformers, 2020, appendix A.2),
+    times the probability that there is an object, by the unquantized model.
+    """
+    logits = before.logits.double()
+    if before.nothing is not None:
+        there = 1 - logits.softmax(dim=-1)[..., before.nothing]
+    else:
+        there = logits.sigmoid().amax(dim=-1)
+    ours, theirs = (output.boxes().double().flatten(0, 1) for output in (before, after))
+    moved = 5 * (ours - theirs).abs().sum(dim=-1)
+    # A box without area has none in common with itself.
+    apart = _apart(ours, theirs) - _apart(ours, ours)
+    return there.flatten() * (moved + 2 * apart.clamp(min=0))
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> Tensor:
+    found: Tensor = generalized_box_iou_loss(ours, theirs, reduction="none")
+    return found
+
+
+def from_middles(boxes: Tensor) -> Tensor:
+    """Return boxes by their corners for boxes by center, width and height."""
+    middle, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([middle - half, middle + half], dim=-1)
+
+
+class AveragePrecision:
+    """COCO's AP: the mean over classes and IoU thresholds 0.5, 0.55 … 0.95, by pycocotools.
+
+    At most :data:`MOST` boxes of a photograph count. Crowds, boxes without area and classes that
+    the model does not have are left out, as they are of its loss. Boxes are compared on the image
+    as the model sees it: resizing changes no intersection over union.
+    """
+
+    name = "mAP@[.5:.95]"
+    unit = "share"
+    higher_is_better = True
+
+    def __init__(self, find: Find) -> None:
+        self._find = find
+
+    def records(self, output: Any, logits: Tensor, batch: Batch) -> list[Any]:
+        """Return two lists of each photograph: [x, y, w, h, class, score], [x, y, w, h, class]."""
+        height, width = batch.inputs["pixel_values"].shape[-2:]
+        records = []
+        for found, target in zip(self._find(output, (height, width)), batch.targets, strict=True):
+            best = found["scores"].float().sort(descending=True, stable=True).indices[:MOST]
+            rows = torch.cat(
+                [
+                    _sides(found["boxes"][best].float()),
+                    found["labels"][best].float()[:, None],
+                    found["scores"][best].float()[:, None],
+                ],
+                dim=1,
+            )
+            true, classes = _corners(target, height, width)
+            truth = torch.cat([_sides(true), classes.float()[:, None]], dim=1)
+            records.append([rows.tolist(), truth.tolist()])
+        return records
+
+    def value(self, records: Sequence[Any]) -> float:
+        """Return the average precision, 0 to 1; NaN where no photograph has a box."""
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        truth = [
+            {"image_id": image, "bbox": box, "category_id": int(number), "iscrowd": 0,
+             "area": box[2] * box[3], "id": index}
+            for index, (image, (*box, number)) in enumerate(
+                ((image, row) for image, (_, rows) in enumerate(records) for row in rows), start=1
+            )
+        ]  # fmt: skip
+        found = [
+            {"image_id": image, "bbox": box, "category_id": int(number), "score": score}
+            for image, (rows, _) in enumerate(records)
+            for *box, number, score in rows
+            if all(map(math.isfinite, (*box, score)))
+        ]
+        if not truth:
+            return math.nan
+        if not found:
+            return 0.0
+        with redirect_stdout(io.StringIO()):
+            coco = COCO()
+            coco.dataset = {
+                "images": [{"id": image} for image in range(len(records))],
+                "annotations": truth,
+                "categories": [{"id": number} for number in {row["category_id"] for row in truth}],
+            }
+            coco.createIndex()
+            known = {category["id"] for category in coco.dataset["categories"]}
+            # A class that no photograph shows has no precision.
+            there = [row for row in found if row["category_id"] in known]
+            if not there:
+                return 0.0
+            evaluation = COCOeval(coco, coco.loadRes(there), "bbox")
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return float(evaluation.stats[0])
+
+
+def _sides(corners: Tensor) -> Tensor:
+    """Return boxes by corner and size for boxes by two corners."""
+    return torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)
+
+
+def _corners(target: dict[str, Tensor], height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return the boxes of a target by their corners in pixels, and their classes."""
+    boxes = target["boxes"].float()
+    if "labels" in target:  # torchvision
+        return boxes, target["labels"]
+    scale = torch.tensor([width, height] * 2, device=boxes.device)
+    return from_middles(boxes) * scale, target["class_labels"]
+
+
+class SameQueries:
+    """Lets a detector take the same queries again, so that its outputs can be compared one by one.
+
+    Detectors of the RT-DETR kind take as queries the positions that score highest, in that order.
+    Rounding changes the order, and quantization the choice. Within :meth:`noted` the choices are
+    noted, and within :meth:`again` taken again, as tokens are by teacher forcing.
+    """
+
+    def __init__(self) -> None:
+        self._chosen: list[Tensor] = []
+
+    @property
+    def any(self) -> bool:
+        """Whether the model chose at all."""
+        return bool(self._chosen)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note what the model chooses."""
+        self._chosen.clear()
+        with _TopK(lambda values, found: self._chosen.append(found.indices)):
+            yield
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Give the model what it chose before."""
+        noted = iter(self._chosen)
+
+        def replace(values: Tensor, found: Any) -> Any:
+            indices = next(noted)
+            dim = _dimension(values, indices)
+            return torch.return_types.topk((values.gather(dim, indices), indices))
+
+        with _TopK(replace):
+            yield
+
+
+class _TopK(TorchFunctionMode):
+    """Calls a function with input and result of every top-k; what it returns counts."""
+
+    def __init__(self, seen: Callable[[Tensor, Any], Any]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func not in _TOPK:
+            return found
+        values = args[0] if args else kwargs["input"]
+        return self._seen(values, found) or found
+
+
+def _dimension(values: Tensor, indices: Tensor) -> int:
+    """Return the dimension along which ``indices`` choose; the last one if none differs."""
+    pairs = enumerate(zip(values.shape, indices.shape, strict=True))
+    return next((dim for dim, (all_, some) in pairs if all_ != some), values.ndim - 1)
