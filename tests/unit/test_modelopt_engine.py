@@ -174,7 +174,9 @@ def test_kl_div_goes_on_where_a_killed_job_stopped(
     each = (whole.calls - calibration) // 4
     killed = Interrupted()
     killed.stop_at = calibration + 2 * each + 3  # in the third of four batches
-    file = tmp_path / "in-progress"
+    first = Interrupted()
+    first.stop_at = calibration + 3  # one group and format of the first batch is complete
+    file, early = tmp_path / "in-progress", tmp_path / "early"
 
     def kept(path, digest):
         return in_progress.InProgress(path, digest, in_progress.Completed)
@@ -182,23 +184,44 @@ def test_kl_div_goes_on_where_a_killed_job_stopped(
     what = replace(undisturbed, in_progress=kept(file, "digest"))
     with pytest.raises(KeyboardInterrupt):
         run(replace(what, task=killed), INT8, FP8)
+    started = replace(what, in_progress=kept(early, "digest"))
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(started, task=first), INT8, FP8)
     complete = replace(what, in_progress=kept(tmp_path / "all", "digest"))
     run(complete, INT8, FP8)
     other = replace(what, in_progress=kept(file, "another measurement"))
-    for again, batches in ((what, 2), (complete, 1), (other, 4)):
+    # What is complete of a batch is not run again either, but for the pass without quantizers.
+    for again, passes in (
+        (what, 2 * each - 1),
+        (started, 4 * each - 1),
+        (complete, each),
+        (other, 4 * each),
+    ):
         task = Toy()
         entries = run(replace(again, task=task), INT8, FP8)
-        assert task.calls == calibration + batches * each
+        assert task.calls == calibration + passes
         for name, entry in expected.items():
             assert entries[name].groups == entry.groups
             assert entries[name].batches == entry.batches
 
 
+def test_kl_div_counts_passes(caplog: pytest.LogCaptureFixture) -> None:
+    """A batch takes half an hour where a model is large; a line after two of them comes late."""
+    caplog.set_level("INFO")
+    run(measurement(method="kl_div"), INT8, FP8)
+    told = [text for text in caplog.messages if text.startswith("score: ")]
+    assert [text.partition(",")[0] for text in told] == ["score: 2 of 22", "score: 22 of 22"]
+    assert "s/pass" in told[0]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("injected"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")]
+)
 def test_out_of_memory_halves_the_batch_and_changes_no_score(
-    reference: dict[str, FormatScores],
+    reference: dict[str, FormatScores], error: Exception
 ) -> None:
     calibration = 3 * 2  # batches × formats
-    entries = run(measurement(Toy(fail={calibration + 2})), INT8, FP8)
+    entries = run(measurement(Toy(fail={calibration + 2}, error=error)), INT8, FP8)
     for name, entry in entries.items():
         assert entry.back_offs == ["scoring batch reduced from 4 to 2 samples"]
         assert totals(entry) == pytest.approx(totals(reference[name]), rel=1e-4)

@@ -21,9 +21,9 @@ def test_a_log_gets_a_line_after_two_steps_and_after_the_last(
             progress.step()
     progress.close()
     second, last = (record.getMessage() for record in caplog.records)
-    form = r"score 3 format\(s\): {} of 4, \d+\.\d\d s/batch, {} s left, \d+\.\d GiB"
-    assert re.fullmatch(form.format(2, r"\d+"), second)
-    assert re.fullmatch(form.format(4, "0"), last)
+    form = r"score 3 format\(s\): {} of 4, \d+\.\d\d s/batch, {} left, \d+\.\d GiB"
+    assert re.fullmatch(form.format(2, r"\d+ s"), second)
+    assert re.fullmatch(form.format(4, "0 s"), last)
 
 
 def test_a_terminal_gets_a_bar(

@@ -85,6 +85,8 @@ class Toy:
     train: bool = False
     fail: set[int] = field(default_factory=set)
     """Forward calls, counted from 1, that run out of memory."""
+    error: Exception = field(default_factory=lambda: torch.OutOfMemoryError("injected"))
+    """How they say so."""
     calls: int = 0
     name = "toy"
     modalities = frozenset({"text"})
@@ -115,7 +117,7 @@ class Toy:
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         self.calls += 1
         if self.calls in self.fail:
-            raise torch.OutOfMemoryError("injected")
+            raise self.error
         return model(**batch.inputs)
 
     def loss(self, output: Any, batch: Batch) -> Any:

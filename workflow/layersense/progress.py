@@ -45,13 +45,13 @@ class Progress:
             self._last_line = now
             rate = (now - self.started) / max(self.done, 1)
             logger.info(
-                "%s: %d of %d, %.2f s/%s, %.0f s left%s",
+                "%s: %d of %d, %.2f s/%s, %s left%s",
                 self.what,
                 self.done,
                 self.total,
                 rate,
                 self.unit,
-                rate * (self.total - self.done),
+                duration(rate * (self.total - self.done)),
                 self.note(),
             )
 

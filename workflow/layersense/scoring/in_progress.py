@@ -29,6 +29,8 @@ class Completed(msgspec.Struct, kw_only=True):
     """Handles that a forward pass has called."""
     seen: list[dict[str, int]]
     """Statistics of each completed batch."""
+    begun: dict[str, dict[str, float]] = {}
+    """Format → handle → score, of what is complete of the batch after these."""
 
 
 class _File(msgspec.Struct, kw_only=True):

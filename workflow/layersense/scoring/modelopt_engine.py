@@ -10,6 +10,7 @@ How stock has to be driven so that its scores mean what they say:
   freshly loaded model, because they rewrite weights and a quantized model is refused.
 """
 
+import gc
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ import torch
 from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import nn
 
-from layersense.errors import LayersenseError
+from layersense.errors import LayersenseError, is_out_of_memory
 from layersense.models.tasks.protocol import Batch, Loaded, no_distribution
 from layersense.progress import duration
 from layersense.quantization.formats import Format
@@ -78,12 +79,17 @@ def measure(
         call = calls.pop(0)
         try:
             result = _measure_call(measurement, call)
-        except torch.OutOfMemoryError as error:
-            if measurement.device.type == "cuda":
-                torch.cuda.empty_cache()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             calls = [*_smaller_calls(call, error), *calls]
+        else:
+            yield result
             continue
-        yield result
+        # Outside of the handler, whose traceback keeps the model alive; hooks make cycles.
+        gc.collect()
+        if measurement.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _smaller_calls(call: Call, error: Exception) -> list[Call]:
@@ -219,8 +225,19 @@ class _Steps:
         # The last batch is scored anew in any case: stock has to have one.
         done = len(self._completed.seen) if self._completed else 0
         self.skipped = min(done, len(scoring) - 1)
-        if self.skipped:
-            logger.info("%d of %d batches are complete already", self.skipped, len(scoring))
+        self._begun = 0
+        """Passes of the first batch, beside that without quantizers, that are complete already."""
+        if self._completed and self.skipped == done:
+            self._begun = sum(map(len, self._completed.begun.values()))
+        self._plain: torch.Tensor | None = None
+        """The logits without quantizers, while they are needed."""
+        if self.skipped or self._begun:
+            logger.info(
+                "%d of %d batches are complete already, and %d passes of the next",
+                self.skipped,
+                len(scoring),
+                self._begun,
+            )
 
     @torch.no_grad()
     def forward(self, model: nn.Module, index: int) -> torch.Tensor | None:
@@ -238,6 +255,13 @@ class _Steps:
             if self._index >= 0:
                 self._end_batch()
             self._begin_batch(model, index)
+        elif self._plain is not None and self._begun:
+            # Complete: what differs by nothing adds nothing, and the recorder knows its score.
+            self._begun -= 1
+            return self._plain
+        else:
+            self._plain = None
+            self._save()
         assert self._batch is not None
         task, started = self.measurement.task, time.perf_counter()
         logits = task.supervised_logits(task.forward(model, self._batch), self._batch)
@@ -245,6 +269,9 @@ class _Steps:
             raise no_distribution(task)
         if first and index == self.skipped:
             self._announce(time.perf_counter() - started)
+            self._plain = logits if self._begun else None
+        if self.progress is not None:
+            self.progress.step()
         return logits
 
     @torch.enable_grad()
@@ -270,14 +297,20 @@ class _Steps:
 
     def _announce(self, seconds: float) -> None:
         """Say how long ``kl_div`` will take: a forward pass for each group, format and batch."""
-        passes = 1 + len(self.recorder.hparams) * len(self.recorder.recipes)
-        batches = len(self.scoring) - self.skipped
         logger.info(
             "kl_div runs the model %d times for each of %d batches: about %s",
-            passes,
-            batches,
-            duration(passes * batches * seconds),
+            self._passes_each,
+            len(self.scoring) - self.skipped,
+            duration(self._passes_left() * seconds),
         )
+
+    @property
+    def _passes_each(self) -> int:
+        return 1 + len(self.recorder.hparams) * len(self.recorder.recipes)
+
+    def _passes_left(self) -> int:
+        """Return how often ``kl_div`` runs the model from the first batch on."""
+        return self._passes_each * (len(self.scoring) - self.skipped) - self._begun
 
     def _begin_batch(self, model: nn.Module, index: int) -> Batch:
         if not self.recorder.hparams:
@@ -289,10 +322,12 @@ class _Steps:
             now = time.perf_counter()
             self.seconds["calibrate"] = now - self._started
             self._started = now
+            # A batch of `kl_div` may take half an hour: its passes are counted.
+            by_pass = self.measurement.method == "kl_div"
             self.progress = Progress(
                 "score",
-                total=len(self.scoring) - self.skipped,
-                unit="batch",
+                total=self._passes_left() if by_pass else len(self.scoring),
+                unit="pass" if by_pass else "batch",
                 device=self.measurement.device,
             )
         batch = self.scoring[index]
@@ -302,17 +337,22 @@ class _Steps:
 
     def _end_batch(self) -> None:
         self.recorder.harvest()
-        self._batch = None
-        if self._file:
-            self._file.save(self._call, self._complete)
-        if self.progress is not None:
+        self._batch = self._plain = None
+        self._save()
+        if self.progress is not None and self.measurement.method == "gradient":
             self.progress.step()
 
+    def _save(self) -> None:
+        if self._file:
+            self._file.save(self._call, self._complete)
+
     def _complete(self) -> Completed:
+        seen = self.seen if self._batch is None else self.seen[:-1]
         return Completed(
             batch_scores=self.recorder.batch_scores,
             called=[h for h in self.recorder.hparams if self.recorder.reached(h) == "scored"],
-            seen=[asdict(batch) for batch in self.seen],
+            seen=[asdict(batch) for batch in seen],
+            begun=self.recorder.begun(),
         )
 
     def _to_device(self, batch: Batch) -> Batch:

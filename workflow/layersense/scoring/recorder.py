@@ -37,6 +37,8 @@ class Recorder:
         self._reached_by_gradient: set[str] = set()
         self._calls_in_batch: dict[nn.Module, int] = {}
         self._hooks: list[Any] = []
+        self._begun: dict[str, dict[str, float]] = {}
+        """Scores of the batch in progress that an earlier job took."""
 
     def attach(self, model: nn.Module) -> None:
         """Find the layer groups that ``auto_quantize`` has made and hook their modules."""
@@ -60,6 +62,16 @@ class Recorder:
                 handle: values[:batches] for handle, values in scores.items()
             }
         self._called.update(dict.fromkeys(completed.called, True))
+        if batches == len(completed.seen):
+            self._begun = completed.begun
+
+    def begun(self) -> dict[str, dict[str, float]]:
+        """Return format → handle → score, of what is complete of the batch in progress."""
+        slots, values = self._accumulated()
+        found: dict[str, dict[str, float]] = {}
+        for (name, handle), value in zip(slots, values, strict=True):
+            found.setdefault(name, {})[handle] = value
+        return found
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -87,28 +99,36 @@ class Recorder:
                 "set `engine: fused` of the run, which sums over the calls"
             )
         self._calls_in_batch.clear()
-        slots: list[tuple[str, str]] = []
-        values: list[torch.Tensor] = []
+        totals = dict(zip(*self._accumulated(), strict=True))
+        self._begun = {}
         for handle, hparam in self.hparams.items():
             for name, recipe in self.recipes.items():
+                self.batch_scores[name][handle].append(totals.get((name, handle), 0.0))
                 importance = hparam._importance_dict[recipe]
-                found = [score for score in importance.values() if score is not None]
-                slots.append((name, handle))
-                values.append(
-                    torch.stack([score.double().to(found[0].device) for score in found]).sum()
-                    if found
-                    else torch.zeros((), dtype=torch.float64)
-                )
                 for module in importance:
                     importance[module] = None
-        for (name, handle), value in zip(slots, _to_floats(values), strict=True):
-            self.batch_scores[name][handle].append(value)
         for handle, seen in zip(
             self._gradient_seen, _to_floats(list(self._gradient_seen.values())), strict=True
         ):
             if seen:
                 self._reached_by_gradient.add(handle)
         self._gradient_seen.clear()
+
+    def _accumulated(self) -> tuple[list[tuple[str, str]], list[float]]:
+        """Return (format, handle) and score, wherever the batch in progress has one."""
+        slots: list[tuple[str, str]] = []
+        values: list[torch.Tensor] = []
+        for handle, hparam in self.hparams.items():
+            for name, recipe in self.recipes.items():
+                found = [s for s in hparam._importance_dict[recipe].values() if s is not None]
+                if found:
+                    slots.append((name, handle))
+                    on = found[0].device
+                    values.append(torch.stack([score.double().to(on) for score in found]).sum())
+        return slots, [
+            value + self._begun.get(name, {}).get(handle, 0.0)
+            for (name, handle), value in zip(slots, _to_floats(values), strict=True)
+        ]
 
     def reached(self, handle: str) -> Reached:
         """Return whether the loss reached a group in any batch so far."""
