@@ -10,14 +10,16 @@ import msgspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tiny_families
 import torch
 from result_files import measured
 from safetensors.torch import load_file, save_file
 from studies import sample_database, study
 from tiny_families import qwen3_moe, qwen3_vl_moe, resnet
-from tiny_models import edit_json, save_tiny_llama, save_tiny_qwen2_5_vl
+from tiny_models import edit_json, resolve_folder, save_tiny_llama, save_tiny_qwen2_5_vl
 from transformers import Qwen3VLMoeForConditionalGeneration
 
+from layersense.calibration.database import open_database
 from layersense.config import OwnFormat, Verify
 from layersense.errors import LayersenseError
 from layersense.export import check as check_module
@@ -30,6 +32,8 @@ from layersense.export.onnx_check import _Compared, weight_of
 from layersense.export.store import read_exported
 from layersense.export.unpack import unpack
 from layersense.manifests.schema import encode_manifest
+from layersense.models.tasks import get_task
+from layersense.models.tasks.protocol import Sampling
 from layersense.quantization.formats import format_settings, known_formats, resolve_format
 from layersense.verification.table import read_measured_recipes, verification_table
 
@@ -748,6 +752,40 @@ def test_a_classifier_is_written_as_onnx_and_computes_the_same(pictures, tmp_pat
     assert sum("has no Q/DQ nodes" in problem for problem in problems) == len(
         exported.expected.quantized
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "task", "metric"),
+    [
+        ("segformer", "semantic-segmentation", "mean IoU"),
+        ("yolos", "object-detection", "mAP@[.5:.95]"),
+    ],
+)
+def test_the_metric_of_an_onnx_file_stands_beside_the_models_own(
+    family, task, metric, tmp_path_factory, tmp_path
+):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    modality = {"semantic-segmentation": "image_masks", "object-detection": "image_boxes"}[task]
+    save = getattr(tiny_families, family)
+    shop = make_shop(tmp_path_factory, save, task, [INT8], modality=modality, batch_size=2)
+    shop.choose(lambda number, handle: 0)
+    found = shop.export(tmp_path).metric
+    assert found.name == metric
+    # By hand: the unquantized model on the held-out rows, as its task runs it.
+    own = get_task(task)
+    loaded = own.load(resolve_folder(shop.checkpoint, task), dtype="float32", device="cpu")
+    with open_database(shop.database) as database:
+        rows = database.rows("image", "heldout")
+    judge, records = own.metric(loaded), []
+    for batch in own.batches(loaded, rows, Sampling(0, modality), 1):
+        with torch.no_grad():
+            output = own.forward(loaded.model, batch)
+            records += judge.records(output, own.supervised_logits(output, batch), batch)
+    assert found.unquantized == pytest.approx(judge.value(records), abs=1e-6)
+    assert found.onnx == pytest.approx(found.simulated, abs=0.02)
+    card = (tmp_path / "checkpoint/README.md").read_text()
+    assert f"The task's own metric, {metric}, is {found.onnx:.1%} there" in card
 
 
 def test_a_detector_of_torchvision_is_refused(pictures):

@@ -93,12 +93,23 @@ def _checked(exported: Exported) -> str:
         f"positions, and the outputs are {found.distance:.2%} as far from the simulated ones as "
         "the unquantized model's."
     )
-    if found.accuracy is not None:
+    if (metric := exported.metric) is not None:
+        file, simulated, before = (
+            _metric(value, metric.unit)
+            for value in (metric.onnx, metric.simulated, metric.unquantized)
+        )
         text += (
-            f" Top-1 accuracy there: {found.accuracy:.1%} (simulated "
-            f"{found.accuracy_simulated:.1%}, unquantized {found.accuracy_before:.1%})."
+            f" The task's own metric, {metric.name}, is {file} there (simulated {simulated}, "
+            f"unquantized {before})."
         )
     return text
+
+
+def _metric(value: float | None, unit: str) -> str:
+    """Return the value of a metric in words."""
+    if value is None:
+        return "unknown"
+    return f"{value:.1%}" if unit == "share" else f"{value:.3g} {unit}".rstrip()
 
 
 def _verified(exported: Exported, verification: MeasuredRecipes | None) -> list[str]:
@@ -119,9 +130,7 @@ def _verified(exported: Exported, verification: MeasuredRecipes | None) -> list[
         "them."
     ]
     if measured["metric_value"] is not None:
-        value = f"{measured['metric_value']:.3g} {measured['metric_unit']}".rstrip()
-        if measured["metric_unit"] == "share":
-            value = f"{measured['metric_value']:.1%}"
+        value = _metric(measured["metric_value"], measured["metric_unit"])
         lines[0] += f" The task's own metric, {measured['metric']}: {value}."
     if not exported.kept:  # what was written is the recipe that the verdict is about
         lines += [

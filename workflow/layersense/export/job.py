@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -41,6 +41,9 @@ from layersense.recipes.quant_config import bits_of, chosen, quant_config, read_
 from layersense.scoring.job import extensions_here, leased, only_job
 from layersense.verification.plan import CACHE
 from layersense.verification.table import MeasuredRecipes, read_measured_recipes
+
+if TYPE_CHECKING:
+    from layersense.models.tasks.protocol import ImageTask
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +203,8 @@ def _export(
 
             rows = heldout_rows(database_file, calibration.task.unit(settings["modality"]))
             batches = calibration_of(loaded, calibration.task, rows, settings).batches
-            heldout = onnx_write.Heldout(loaded.model, batches, device, calibration.dtype)
+            task = cast("ImageTask", calibration.task)
+            heldout = onnx_write.Heldout(loaded, task, batches, device, calibration.dtype)
         seconds["load"] = time.monotonic() - start
         start = time.monotonic()
         plan = make_plan(manifest, write.weight_shapes(loaded.model, manifest))
@@ -224,7 +228,8 @@ def _export(
             expected = onnx_write.expect(manifest, plan, used, checkpoint.path, heldout.called)
             onnx_write.write_folder(model, heldout, folder, checkpoint)
             quant_algo = " and ".join(sorted({found.algo for found in plan.written.values()}))
-            simulated = heldout.frames(model)
+            heldout.simulate(model)
+            simulated = heldout.frames()
         else:
             fused = write.fuse(model, plan, manifest, used, config.kv_cache, checkpoint.path)
             expected = fused.expected
@@ -248,6 +253,7 @@ def _export(
             files={},
             expected=expected,
             checked=checked,
+            metric=heldout.judge(folder / ONNX_FILE) if is_onnx else None,
             seconds={phase: round(value, 3) for phase, value in seconds.items()},
             peak_memory_bytes=peak_memory_bytes(device),
             environment=describe_environment(device),

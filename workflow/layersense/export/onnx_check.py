@@ -27,16 +27,15 @@ def check_onnx(
     Args:
         file: the ONNX file.
         expected: the recipe.
-        batches: held-out batches: ``input.{name}``, ``simulated.{output}``, ``before.{output}``
-            (of the unquantized model) and, where there is one class for each position, ``labels``;
-            None if there is nothing to compare with any more.
+        batches: held-out batches: ``input.{name}``, ``simulated.{output}`` and ``before.{output}``
+            (of the unquantized model); None if there is nothing to compare with any more.
 
     Raises:
         LayersenseError: the file cannot be read, or onnxruntime is not installed.
     """
     try:
         import onnx
-        import onnxruntime
+        import onnxruntime  # noqa: F401
     except ImportError as error:
         raise LayersenseError(
             f"{file}: onnx and onnxruntime read it, and one is not installed ({error}); install "
@@ -45,30 +44,21 @@ def check_onnx(
     try:
         model = onnx.load(str(file))
         onnx.checker.check_model(model)
-        options = onnxruntime.SessionOptions()
-        # The nodes as they are written; what a runtime fuses is its own.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(
-            str(file), options, providers=["CPUExecutionProvider"]
-        )
+        session = open_session(file)
     except Exception as error:  # onnxruntime has error types of its own, without a common base
         raise LayersenseError(
             f"{file}: is no ONNX file that onnxruntime loads ({str(error).splitlines()[0]}); "
             "delete checkpoint.json beside it and run `snakemake export`"
         ) from error
     problems = list(graph_problems(model, expected))
-    names = [output.name for output in session.get_outputs()]
-    # An input that the model does not use, such as a mask of padding, is not in the file.
-    taken = {entry.name for entry in session.get_inputs()}
     compared = _Compared()
     for batch in batches or ():
         inputs = {
             name.removeprefix("input."): array
             for name, array in batch.items()
-            if name.startswith("input.") and name.removeprefix("input.") in taken
+            if name.startswith("input.")
         }
-        compared.add(dict(zip(names, session.run(names, inputs), strict=True)), batch)
+        compared.add(run_session(session, inputs), batch)
     if batches is not None:
         problems += compared.problems()
     return Checked(
@@ -82,6 +72,28 @@ def check_onnx(
         worst_steps=0.0,
         onnx=compared.result(),
     )
+
+
+def open_session(file: Path) -> Any:
+    """Open a file in onnxruntime, on the CPU, with the nodes as they are written."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # What a runtime fuses is its own.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the outputs by name; an input that the file does not use is left out.
+
+    Such as a mask of padding.
+    """
+    names = [output.name for output in session.get_outputs()]
+    taken = {entry.name for entry in session.get_inputs()}
+    used = {name: array for name, array in inputs.items() if name in taken}
+    return dict(zip(names, session.run(names, used), strict=True))
 
 
 def graph_problems(model: Any, expected: Expected) -> Iterator[str]:
@@ -140,22 +152,11 @@ def weight_of(node: str) -> str | None:
     return ".".join(path[1 : path.index("weight_quantizer")])
 
 
-def _resized(logits: Array, labels: Array) -> Array:
-    """Return the logits of a map at the resolution of its labels, as the task's loss does."""
-    import torch
-
-    found: Array = torch.nn.functional.interpolate(
-        torch.from_numpy(logits).float(), labels.shape[-2:], mode="bilinear", align_corners=False
-    ).numpy()
-    return found
-
-
 class _Compared:
     """Sums over the batches."""
 
     def __init__(self) -> None:
-        self.samples = self.positions = self.agree = self.labelled = 0
-        self.correct = {"onnx": 0, "simulated": 0, "before": 0}
+        self.samples = self.positions = self.agree = 0
         self.distance, self.moved, self.largest = 0.0, 0.0, 0.0
         self.not_finite = False
 
@@ -170,25 +171,14 @@ class _Compared:
             self.distance += float(gap.sum())
             self.moved += float(np.abs(before.astype(np.float64) - simulated).sum())
             self.largest = max(self.largest, float(gap.max()))
-        logits = {
-            "onnx": found["logits"],
-            "simulated": batch["simulated.logits"],
-            "before": batch["before.logits"],
-        }
         # Classes are the second axis of images and maps, and the last one of a detector's queries.
-        axis = -1 if logits["onnx"].ndim == 3 else 1
-        labels = batch.get("labels")
-        if labels is not None and labels.ndim == 3:
-            logits = {name: _resized(array, labels) for name, array in logits.items()}
-        chosen = {name: array.argmax(axis=axis) for name, array in logits.items()}
-        self.samples += len(logits["onnx"])
-        self.positions += chosen["onnx"].size
-        self.agree += _same(chosen["onnx"], chosen["simulated"], queries=axis == -1)
-        if labels is not None:
-            known = labels >= 0
-            self.labelled += int(known.sum())
-            for name, choice in chosen.items():
-                self.correct[name] += int((choice == labels)[known].sum())
+        axis = -1 if found["logits"].ndim == 3 else 1
+        ours, theirs = (
+            array.argmax(axis=axis) for array in (found["logits"], batch["simulated.logits"])
+        )
+        self.samples += len(ours)
+        self.positions += ours.size
+        self.agree += _same(ours, theirs, queries=axis == -1)
 
     def problems(self) -> Iterator[str]:
         if not self.samples:
@@ -205,16 +195,9 @@ class _Compared:
     def result(self) -> OnnxChecked | None:
         if not self.samples:
             return None
-        accuracy = {
-            name: count / self.labelled if self.labelled else None
-            for name, count in self.correct.items()
-        }
         return OnnxChecked(
             samples=self.samples,
             agreement=self.agree / self.positions,
             distance=self.distance / self.moved if self.moved else 0.0,
             largest=self.largest,
-            accuracy=accuracy["onnx"],
-            accuracy_simulated=accuracy["simulated"],
-            accuracy_before=accuracy["before"],
         )

@@ -1,5 +1,6 @@
 """Write a quantized image model as ONNX with Q/DQ nodes (torch)."""
 
+import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 
 from layersense.errors import LayersenseError
 from layersense.export.allow import Plan
-from layersense.export.store import ONNX_FILE, Expected
+from layersense.export.onnx_check import open_session, run_session
+from layersense.export.store import ONNX_FILE, Expected, OnnxMetric
 from layersense.export.write import copy_others, no_space
 from layersense.manifests.schema import Manifest
 from layersense.models.checkpoints import Checkpoint
-from layersense.models.tasks.protocol import Batch
+from layersense.models.tasks.metrics import metric_of
+from layersense.models.tasks.protocol import Batch, ImageTask, Loaded
 from layersense.quantization.formats import NONE
 
 OPSET = 20
@@ -60,40 +63,79 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Heldout:
-    """Held-out images, and what the unquantized model makes of them.
+    """Held-out images, and what the model makes of them: unquantized, simulated, in onnxruntime.
 
     Args:
-        model: the model before it is quantized.
+        loaded: the model before it is quantized.
+        task: its task.
         batches: batches of one image size.
         device: where the model is.
         dtype: of its inputs.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], device: torch.device, dtype: torch.dtype
+        self,
+        loaded: Loaded,
+        task: ImageTask,
+        batches: Sequence[Batch],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
+        self.task, self.metric = task, metric_of(task, loaded)
         self.batches = [batch.to(device, dtype) for batch in batches]
         self.called: set[str] = set()
         hooks = [
             module.register_forward_hook(lambda *_, name=name: self.called.add(name))
-            for name, module in model.named_modules()
+            for name, module in loaded.model.named_modules()
         ]
-        self.before = [run(model, batch.inputs) for batch in self.batches]
+        self.before = [run(loaded.model, batch.inputs) for batch in self.batches]
+        self.simulated: list[dict[str, Tensor]] = []
         for hook in hooks:
             hook.remove()
 
-    def frames(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    def simulate(self, model: nn.Module) -> None:
+        """Keep what the quantized model makes of the images."""
+        self.simulated = [run(model, batch.inputs) for batch in self.batches]
+
+    def frames(self) -> Iterator[dict[str, Tensor]]:
         """Yield what :func:`layersense.export.onnx_check.check_onnx` compares, batch by batch."""
-        for batch, before in zip(self.batches, self.before, strict=True):
+        for batch, before, simulated in zip(self.batches, self.before, self.simulated, strict=True):
             frame = {f"input.{name}": tensor.cpu() for name, tensor in batch.inputs.items()}
             frame |= {f"before.{name}": tensor for name, tensor in before.items()}
-            frame |= {
-                f"simulated.{name}": tensor for name, tensor in run(model, batch.inputs).items()
-            }
-            # A detector's labels count boxes, and several classes of one image are no choice.
-            if not batch.targets and not batch.labels.is_floating_point():
-                frame["labels"] = batch.labels.cpu()
+            frame |= {f"simulated.{name}": tensor for name, tensor in simulated.items()}
             yield frame
+
+    def judge(self, file: Path) -> OnnxMetric | None:
+        """Return the task's metric by the outputs of a file, beside the model's own."""
+        if self.metric is None:
+            return None
+        session = open_session(file)
+        batches = [batch.to(torch.device("cpu"), torch.float32) for batch in self.batches]
+        outputs = {
+            "unquantized": self.before,
+            "simulated": self.simulated,
+            "onnx": [
+                {
+                    name: torch.from_numpy(array)
+                    for name, array in run_session(
+                        session, {name: tensor.numpy() for name, tensor in batch.inputs.items()}
+                    ).items()
+                }
+                for batch in batches
+            ],
+        }
+        values: dict[str, float | None] = {}
+        for name, found in outputs.items():
+            records: list[Any] = []
+            for batch, tensors in zip(batches, found, strict=True):
+                output = self.task.output_of(tensors)
+                logits = self.task.supervised_logits(output, batch)
+                records += self.metric.records(output, logits, batch)
+            if not records:
+                return None
+            value = self.metric.value(records)
+            values[name] = value if math.isfinite(value) else None
+        return OnnxMetric(name=self.metric.name, unit=self.metric.unit, **values)
 
 
 def expect(

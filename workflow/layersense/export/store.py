@@ -7,7 +7,7 @@ import msgspec
 
 from layersense.files import read_record, write_record
 
-EXPORT_VERSION = 2
+EXPORT_VERSION = 3
 """Raised when what is written for the same recipe changes, which writes it again."""
 ONNX_FILE = "model.onnx"
 FOLDER = "checkpoint"
@@ -53,11 +53,17 @@ class OnnxChecked(msgspec.Struct, kw_only=True):
     """Σ |onnx − simulated| / Σ |unquantized − simulated| over all outputs."""
     largest: float
     """Largest difference from the simulated outputs."""
-    accuracy: float | None
-    """Share of labelled positions whose first choice is the label; None without such labels."""
-    accuracy_simulated: float | None
-    accuracy_before: float | None
-    """Of the unquantized model."""
+
+
+class OnnxMetric(msgspec.Struct, kw_only=True):
+    """The task's own metric on the held-out images; None where nothing is labelled."""
+
+    name: str
+    unit: str
+    onnx: float | None
+    """Of the file, in onnxruntime."""
+    simulated: float | None
+    unquantized: float | None
 
 
 class Checked(msgspec.Struct, kw_only=True):
@@ -105,6 +111,8 @@ class Exported(msgspec.Struct, kw_only=True):
     """Name → bytes."""
     expected: Expected
     checked: Checked
+    metric: OnnxMetric | None = None
+    """None where no ONNX file was written, or the task has no metric for its images."""
     seconds: dict[str, float]
     peak_memory_bytes: int
     environment: dict[str, str]

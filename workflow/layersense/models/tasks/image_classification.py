@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +157,10 @@ class ImageClassification:
         """
         logits: Tensor = output.float()
         return yes_or_no(logits) if batch.labels.is_floating_point() else logits
+
+    def output_of(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits of an exported file as ``forward`` does."""
+        return outputs["logits"]
 
     def metric(self, loaded: Loaded) -> Metric:
         """Return the share of photographs whose first choice is their class."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -167,16 +167,7 @@ class ObjectDetection:
             return kind(model, batch)
         own: Any = model
         output = own(**batch.inputs, labels=list(batch.targets))
-        logits, boxes = output.logits, output.pred_boxes
-        # DETR's relatives have a class more, "nothing"; those with a focal loss have not.
-        nothing = own.config.num_labels if logits.shape[-1] > own.config.num_labels else None
-        return Detected(
-            loss=output.loss,
-            logits=logits,
-            boxes=partial(from_middles, boxes),
-            raw=SimpleNamespace(logits=logits, pred_boxes=boxes),
-            nothing=nothing,
-        )
+        return _detected(output.loss, output.logits, output.pred_boxes, own.config.num_labels)
 
     def loss(self, output: Detected, batch: Batch) -> Tensor:
         """Return the model's own loss of each photograph, summed, a float32 scalar."""
@@ -198,6 +189,10 @@ class ObjectDetection:
     def same_choices(self) -> SameQueries:
         """Return what lets a model choose the same queries again."""
         return SameQueries()
+
+    def output_of(self, outputs: Mapping[str, Tensor]) -> Detected:
+        """Return what an exported file of a detector finds, without a loss."""
+        return _detected(None, outputs["logits"], outputs["pred_boxes"])
 
     def metric(self, loaded: Loaded) -> Metric | None:
         """Return COCO's average precision."""
@@ -317,6 +312,19 @@ def _scaled(sample: Sample, canvas: tuple[int, int]) -> dict[str, Tensor]:
 
 
 # --- transformers --------------------------------------------------------------------------------
+
+
+def _detected(loss: Any, logits: Tensor, boxes: Tensor, classes: int | None = None) -> Detected:
+    """Return the output of a model of transformers; its classes may be unknown for its boxes."""
+    # DETR's relatives have a class more, "nothing"; those with a focal loss have not.
+    nothing = classes if classes is not None and logits.shape[-1] > classes else None
+    return Detected(
+        loss=loss,
+        logits=logits,
+        boxes=partial(from_middles, boxes),
+        raw=SimpleNamespace(logits=logits, pred_boxes=boxes),
+        nothing=nothing,
+    )
 
 
 def _found_by_processor(

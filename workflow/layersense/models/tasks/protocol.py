@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -201,6 +201,13 @@ class Task(Protocol):
 
         Optional: a task of the user's own that lacks this method has no metric.
         """
+
+
+class ImageTask(Task, Protocol):
+    """A task whose models are written as ONNX."""
+
+    def output_of(self, outputs: Mapping[str, Tensor]) -> Any:
+        """Return what ``forward`` would, for the ``logits`` and ``pred_boxes`` of such a file."""
 
 
 def no_distribution(task: Task) -> LayersenseError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -156,6 +156,10 @@ class SemanticSegmentation:
         """Return the main logits of supervised pixels, shape (pixels, classes)."""
         logits = _resized(output[0], batch).movedim(1, -1)
         return logits[batch.labels != IGNORED]
+
+    def output_of(self, outputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the logits of an exported file as ``forward`` does."""
+        return [outputs["logits"]]
 
     def metric(self, loaded: Loaded) -> Metric:
         """Return the mean intersection over union of the classes."""
