@@ -16,6 +16,7 @@ from layersense.recipes.frontier import write_frontier
 from layersense.scoring.scores import Scores
 from layersense.verification.plan import make_plan
 from layersense.verification.store import (
+    METRICS_VERSION,
     Before,
     Damage,
     MeasuredRecipe,
@@ -38,8 +39,23 @@ CACHE_DAMAGE = 0.5
 """KL that a quantized key-value cache adds."""
 
 
-def token_accuracy(value):
-    return TaskMetric(name="token accuracy", unit="share", higher_is_better=True, value=value)
+def token_accuracy(value, difference=0.0):
+    return TaskMetric(
+        name="token accuracy",
+        unit="share",
+        higher_is_better=True,
+        value=value,
+        low=value - 0.05,
+        high=value + 0.04,
+        difference=difference,
+        difference_low=difference - 0.03,
+        difference_high=difference + 0.02,
+    )
+
+
+def loss_in_words(value):
+    """A metric of another kind: no share, less is better, no interval."""
+    return TaskMetric(name="word errors", unit="words", higher_is_better=False, value=value)
 
 
 def measured(manifests, options, scale=lambda handle, format: 1.0):
@@ -70,7 +86,7 @@ def measured(manifests, options, scale=lambda handle, format: 1.0):
             correct=[1, 2, 3, 4],
             loss=[10.0, 10.0],
             tokens=[8, 12],
-            metric=token_accuracy(0.5),
+            metrics=[token_accuracy(0.5), loss_in_words(12.5)],
         ),
         singles={
             format: {handle: Single(damage=damage(of(handle, format))) for handle in handles}
@@ -82,7 +98,8 @@ def measured(manifests, options, scale=lambda handle, format: 1.0):
                 damage=damage(
                     sum(of(h, name) for h, name in planned.recipe.items())
                     + (CACHE_DAMAGE if planned.kv_cache != "none" else 0.0),
-                    metric=token_accuracy(0.4),
+                    metrics=[token_accuracy(0.4, -0.1), loss_in_words(14.25)],
+                    metrics_version=METRICS_VERSION,
                 ),
             )
             for planned in plan.recipes

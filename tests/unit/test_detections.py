@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import studies
@@ -63,7 +64,7 @@ def precision(found, truth):
     metric = AveragePrecision(find)
     images = torch.zeros(len(found), 3, 100, 200)
     batch = Batch({"pixel_values": images}, torch.zeros(0), 0, 0, 0, 0, targets=targets)
-    value = metric.value(metric.records(None, None, batch))
+    (value,) = metric.values(metric.records(None, None, batch), np.ones((1, len(found))))
     assert sizes == [(100, 200)]
     return value
 
@@ -95,6 +96,64 @@ def test_classes_count_alike_and_those_of_no_photograph_not_at_all():
     assert precision([[[*BOX, 5, 0.99]]], truth) == 0.0
     assert precision([[]], truth) == 0.0
     assert math.isnan(precision([[[*BOX, 1, 0.9]]], [[]]))
+
+
+def by_pycocotools(records):
+    """AP as pycocotools itself tells it."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth, found = COCO(), []
+    classes = {row[-1] for _, rows in records for row in rows}
+    annotations = []
+    for image, (boxes, rows) in enumerate(records):
+        for *box, number in rows:
+            annotations.append(
+                {"image_id": image, "bbox": box, "category_id": number, "iscrowd": 0,
+                 "area": box[2] * box[3], "id": len(annotations) + 1}
+            )  # fmt: skip
+        found += [
+            {"image_id": image, "bbox": box, "category_id": number, "score": score}
+            for *box, number, score in boxes
+            if number in classes
+        ]
+    truth.dataset = {
+        "images": [{"id": image} for image in range(len(records))],
+        "annotations": annotations,
+        "categories": [{"id": number} for number in classes],
+    }
+    truth.createIndex()
+    evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation.stats[0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_resample_is_what_pycocotools_says_of_photographs_repeated(seed):
+    generator = np.random.default_rng(seed)
+    records = []
+    for _ in range(6):
+        truth = [
+            [*generator.uniform(0, 50, 2), *generator.uniform(20, 60, 2), int(number)]
+            for number in generator.integers(1, 4, size=generator.integers(0, 5))
+        ]
+        found = [
+            [*(np.array(row[:4]) + generator.normal(0, 4, 4)), row[4], generator.uniform()]
+            for row in truth * 2
+            if generator.uniform() < 0.7
+        ] + [
+            [*generator.uniform(0, 50, 2), 30.0, 30.0, int(number), generator.uniform()]
+            for number in generator.integers(1, 6, size=3)
+        ]
+        records.append([found, truth])
+    draws = generator.integers(0, 6, size=(8, 6))
+    counts = np.array([np.ones(6), *(np.bincount(draw, minlength=6) for draw in draws)])
+    values = AveragePrecision(None).values(records, counts)
+    expected = [by_pycocotools([records[i] for i in draw]) for draw in [range(6), *draws]]
+    assert values == pytest.approx(expected, abs=1e-9)
+    assert 0.05 < values[0] < 0.95
 
 
 # --- what differs ---
@@ -200,7 +259,7 @@ def verified(folder, name):
 def test_a_detector_is_verified(name, shared):
     rows = verified(shared, name)
     before, *_ = rows
-    assert before["metric"] == "mAP@[.5:.95]"
+    assert [one["name"] for one in before["metrics"]] == ["mAP@[.5:.95]"]
     groups = [row for row in rows if row["kind"] == "group"]
     assert {row["layer_kind"] for row in groups} & {"box_head", "other"}
     # What is quantized alone does damage, heads of boxes too, and what is not does none.
@@ -209,7 +268,7 @@ def test_a_detector_is_verified(name, shared):
     recipes = [row for row in rows if row["kind"] == "recipe"]
     (int8,) = (row for row in recipes if row["label"] == f"{FORMATS[1]} everywhere")
     assert int8["kl"] > max(row["kl"] for row in groups if row["format"] == FORMATS[1]) / 100
-    assert all(row["metric_value"] is not None for row in recipes)
+    assert all(row["metrics"][0]["value"] is not None for row in recipes)
     nothing = [row for row in recipes if row["effective_bits"] == 16]
     assert all(row["kl"] == 0 for row in nothing)
 

@@ -33,6 +33,7 @@ from layersense.export.store import read_exported
 from layersense.export.unpack import unpack
 from layersense.manifests.schema import encode_manifest
 from layersense.models.tasks import get_task
+from layersense.models.tasks.metrics import value_of
 from layersense.models.tasks.protocol import Sampling
 from layersense.quantization.formats import format_settings, known_formats, resolve_format
 from layersense.verification.table import read_measured_recipes, verification_table
@@ -306,7 +307,10 @@ def test_the_card_tells_what_was_measured(llama, tmp_path):
     (own,) = (row for row in found.rows if row["role"] == "scheme")
     assert f"KL to the unquantized model {own['kl']:.3g} nats (95 %: {own['kl_low']:.3g}" in card
     assert found.summary.verdicts[0].sentence in card
-    assert " The task's own metric, token accuracy: 40.0%." in card
+    assert (
+        " By what the task is judged by: token accuracy 40.0% (95 %: 35.0% to 44.0%), -10.0 points "
+        "(95 %: -13.0 to -8.0) against the unquantized model; word errors 14.2 words." in card
+    )
     assert "order by measured KL" not in card
     # A second export writes the card alone: here with a score that predicts nothing.
     ranks = {handle: 10.0 ** (3 * n) for n, handle in enumerate(manifest.layer_sensitivity)}
@@ -770,19 +774,19 @@ def test_the_metric_of_an_onnx_file_stands_beside_the_models_own(
     save = getattr(tiny_families, family)
     shop = make_shop(tmp_path_factory, save, task, [INT8], modality=modality, batch_size=2)
     shop.choose(lambda number, handle: 0)
-    found = shop.export(tmp_path).metric
+    (found,) = shop.export(tmp_path).metrics
     assert found.name == metric
     # By hand: the unquantized model on the held-out rows, as its task runs it.
     own = get_task(task)
     loaded = own.load(resolve_folder(shop.checkpoint, task), dtype="float32", device="cpu")
     with open_database(shop.database) as database:
         rows = database.rows("image", "heldout")
-    judge, records = own.metric(loaded), []
+    (judge,), records = own.metrics(loaded), []
     for batch in own.batches(loaded, rows, Sampling(0, modality), 1):
         with torch.no_grad():
             output = own.forward(loaded.model, batch)
             records += judge.records(output, own.supervised_logits(output, batch), batch)
-    assert found.unquantized == pytest.approx(judge.value(records), abs=1e-6)
+    assert found.unquantized == pytest.approx(value_of(judge, records), abs=1e-6)
     assert found.onnx == pytest.approx(found.simulated, abs=0.02)
     card = (tmp_path / "checkpoint/README.md").read_text()
     assert f"The task's own metric, {metric}, is {found.onnx:.1%} there" in card

@@ -18,7 +18,7 @@ from layersense import config
 from layersense.calibration.database import Row
 from layersense.errors import LayersenseError
 from layersense.models.tasks import get_task
-from layersense.models.tasks.metrics import TopChoice
+from layersense.models.tasks.metrics import TopChoice, unit_sizes
 from layersense.models.tasks.protocol import IGNORED, Batch, Sampling
 from layersense.quantization.formats import NONE, known_formats
 from layersense.recipes.baselines import outer_first, random_recipes
@@ -34,10 +34,10 @@ from layersense.verification.analysis import (
     mean_with_interval,
     repeatability,
 )
-from layersense.verification.measure import Measurer, kl_divergence, unit_sizes
+from layersense.verification.measure import Measurer, kl_divergence
 from layersense.verification.plan import Whole, make_plan, pick_groups
 from layersense.verification.replay import Calibration, Switchboard
-from layersense.verification.store import Completed
+from layersense.verification.store import METRICS_VERSION, Completed
 from layersense.verification.table import (
     SUMMARY_KEY,
     _findings,
@@ -185,6 +185,9 @@ def test_units_are_samples_where_positions_say_so():
     assert unit_sizes(batch_of(torch.tensor([3, 4, 5]), 3), 3) == [1, 1, 1]
     assert unit_sizes(batch_of(torch.zeros(2, 4, 4), 2), 32) == [16, 16]
     assert unit_sizes(batch_of(labels, 2), 7) == [7]
+    # Of a mask the labelled pixels of each photograph, also where half of all would be even.
+    masks = torch.tensor([[[1, IGNORED], [IGNORED, IGNORED]], [[1, 1], [2, IGNORED]]])
+    assert unit_sizes(batch_of(masks, 2), 4) == [1, 3]
 
 
 def make_board(task_name, checkpoint, rows, sampling):
@@ -233,8 +236,14 @@ def vlm(tmp_path_factory):
 
 def measurer(fixture):
     board, data = fixture
-    metric = TopChoice("token accuracy")
-    return Measurer(board, data.task, data.batches, data.device, data.dtype, metric)
+    return Measurer(
+        board,
+        data.task,
+        data.batches,
+        data.device,
+        data.dtype,
+        metrics=[TopChoice("token accuracy")],
+    )
 
 
 def test_measures_are_those_of_the_definition(llama):
@@ -262,10 +271,15 @@ def test_measures_are_those_of_the_definition(llama):
         assert sum(damage.correct) == correct
         assert sum(damage.loss) == pytest.approx(loss, rel=1e-5)
         if damage is whole["all"]:  # groups alone are not judged by the task's metric
-            assert damage.metric.value == pytest.approx(correct / sum(before.positions))
+            (metric,) = damage.metrics
+            assert metric.value == pytest.approx(correct / sum(before.positions))
+            assert metric.difference == pytest.approx(
+                (correct - sum(before.correct)) / sum(before.positions)
+            )
+            assert damage.metrics_version == METRICS_VERSION
         else:
-            assert damage.metric is msgspec.UNSET
-    assert before.metric.value == pytest.approx(sum(before.correct) / sum(before.positions))
+            assert (damage.metrics, damage.metrics_version) == ([], 0)
+    assert before.metrics[0].value == pytest.approx(sum(before.correct) / sum(before.positions))
     assert len(before.positions) == sum(batch.n_samples for batch in data.batches)
     assert sum(before.positions) == sum(batch.n_tokens for batch in data.batches)
 
@@ -453,10 +467,16 @@ def test_the_table_joins_layers_and_sets_measured_beside_predicted():
         assert row["top1_accuracy"] == pytest.approx(8 / 20)
     (own,) = (row for row in rest if row["role"] == "scheme")
     assert own["sum_of_singles"] == pytest.approx(own["kl"])
-    names = ("metric", "metric_value", "metric_unit", "metric_higher_is_better")
-    assert [own[name] for name in names] == ["token accuracy", 0.4, "share", True]
-    assert before["metric_value"] == 0.5
-    assert {row["metric_value"] for row in groups} == {None}
+    accuracy, errors = own["metrics"]
+    assert accuracy == {
+        "name": "token accuracy", "unit": "share", "higher_is_better": True,
+        "value": 0.4, "low": pytest.approx(0.35), "high": pytest.approx(0.44),
+        "difference": -0.1, "difference_low": pytest.approx(-0.13),
+        "difference_high": pytest.approx(-0.08),
+    }  # fmt: skip
+    assert (errors["name"], errors["value"], errors["low"]) == ("word errors", 14.25, None)
+    assert [one["value"] for one in before["metrics"]] == [0.5, 12.5]
+    assert all(row["metrics"] is None for row in groups)
     summary = read_summary_of(table)
     assert summary.verdicts[0].additivity == pytest.approx(1.0)
     overall = [entry for entry in summary.correlations if entry.subsystem is None]
@@ -469,8 +489,6 @@ def test_the_table_joins_layers_and_sets_measured_beside_predicted():
 
 
 def read_summary_of(table):
-    import msgspec
-
     from layersense.verification.analysis import Summary
 
     return msgspec.json.decode(table.schema.metadata[SUMMARY_KEY], type=Summary)
@@ -564,13 +582,13 @@ def test_the_html_report_shows_measured_beside_predicted(tmp_path, repository):
     assert "not measured" not in text
     assert "FP8, all" in text
     assert ">Token accuracy</th>" in text
-    assert ">40.0 %</td>" in text
-    assert "The task's own metric, token accuracy, is 50.0 % without quantization" in (
-        text.replace("&#39;", "'")
-    )
+    assert ">Word errors (words)</th>" in text
+    assert ">40.0 % (35.0 % to 44.0 %)</td>" in text
+    assert ">\N{MINUS SIGN}10.0 (\N{MINUS SIGN}13.0 to \N{MINUS SIGN}8.0)</td>" in text
+    assert "more token accuracy is better; less word errors is better" in text
 
 
-def test_the_markdown_report_shows_the_tasks_metric_beside_each_recipe(tmp_path, repository):
+def test_the_markdown_report_shows_the_tasks_metrics_beside_each_recipe(tmp_path, repository):
     from result_files import write_result, write_verification
 
     from layersense.reports.markdown import write_report
@@ -586,13 +604,17 @@ def test_the_markdown_report_shows_the_tasks_metric_beside_each_recipe(tmp_path,
         write_verification(place),
     )
     lines = (tmp_path / "report.md").read_text().splitlines()
-    (head,) = (n for n, line in enumerate(lines) if line.endswith(" Token accuracy |"))
+    (head,) = (n for n, line in enumerate(lines) if " Token accuracy |" in line)
+    assert lines[head] == (
+        "| Recipe | Bits | Token accuracy | Change, points | Word errors (words) | Change |"
+    )
     table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[head:]))
     assert len(table) > 5
     assert {line.count("|") for line in table} == {table[0].count("|")}
     assert set(table[1]) == set("| -:")
-    assert all(line.endswith("| 40.0 % |") for line in table[2:])
-    assert any("token accuracy, is 50.0 % without quantization" in line for line in lines)
+    assert table[2] == "| unquantized | – | 50.0 % (45.0 % to 54.0 %) | – | 12.5 | – |"
+    told = "| 40.0 % (35.0 % to 44.0 %) | −10.0 (−13.0 to −8.0) | 14.2 | – |"
+    assert all(line.endswith(told.replace("−", "\N{MINUS SIGN}")) for line in table[3:])
 
 
 def test_a_killed_measurement_goes_on_where_it_was(llama, tmp_path, monkeypatch):

@@ -118,8 +118,11 @@ def test_a_budget_of_a_verified_run_measures_no_known_recipe(verified: Project) 
 
     before = verified.json("llm.words/verification.json")
     judged = [before["before"], *(found["damage"] for found in before["recipes"].values())]
-    assert {one["metric"]["name"] for one in judged} == {"token accuracy"}
-    assert all(0 <= one["metric"]["value"] <= 1 for one in judged)
+    for one in judged:
+        (metric,) = one["metrics"]
+        assert metric["name"] == "token accuracy"
+        assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1
+        assert metric["difference_low"] <= metric["difference"] <= metric["difference_high"]
     other = chain("llm.words", "other") | {"scatter/llm.words/other"}
     verified.edit(add)
     assert verified.run().jobs == other | VERIFYING

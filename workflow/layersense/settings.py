@@ -18,7 +18,7 @@ from layersense.files import canonical_json, digest_file, digest_json, write_jso
 from layersense.models.outside import find_module
 from layersense.quantization.extensions import needed_extensions
 from layersense.quantization.formats import format_from_settings, format_settings, resolve_format
-from layersense.verification.store import PLAN_VERSION, VERIFICATION_VERSION
+from layersense.verification.store import METRICS_VERSION, PLAN_VERSION, VERIFICATION_VERSION
 
 ENGINE_VERSIONS: dict[Engine, int] = {"fused": 2, "modelopt": 1}
 """Raised when an engine's numbers change, which measures everything again that it measured.
@@ -149,14 +149,18 @@ def verify_settings(config: Config, run: str) -> dict[str, Any]:
     settings = score_settings(config, run)
     sampling = {**settings["sampling"]}
     del sampling["score_samples"]
+    # Masks were once split into units of equally many pixels: all else is held as it was.
+    units = {"units": "photographs"} if settings["modality"] == "image_masks" else {}
     return {
         "verify": verify_options(config, run),
         "plan": PLAN_VERSION,
+        "metrics": METRICS_VERSION,
         "measured": {
             **{key: settings[key] for key in ("model", "dataset", "modality", "dtype", "device")},
             "sampling": sampling,
             "heldout_samples": entry.heldout_samples,
             "version": VERIFICATION_VERSION,
+            **units,
         },
     }
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from layersense.export.store import Exported
 from layersense.manifests.schema import Manifest
@@ -93,7 +94,7 @@ def _checked(exported: Exported) -> str:
         f"positions, and the outputs are {found.distance:.2%} as far from the simulated ones as "
         "the unquantized model's."
     )
-    if (metric := exported.metric) is not None:
+    for metric in exported.metrics:
         file, simulated, before = (
             _metric(value, metric.unit)
             for value in (metric.onnx, metric.simulated, metric.unquantized)
@@ -129,15 +130,36 @@ def _verified(exported: Exported, verification: MeasuredRecipes | None) -> list[
         f"{value} for each position, the same first choice at {measured['top1_agreement']:.1%} of "
         "them."
     ]
-    if measured["metric_value"] is not None:
-        value = _metric(measured["metric_value"], measured["metric_unit"])
-        lines[0] += f" The task's own metric, {measured['metric']}: {value}."
+    told = [_told(metric) for metric in measured["metrics"] or () if metric["value"] is not None]
+    if told:
+        lines[0] += f" By what the task is judged by: {'; '.join(told)}."
     if not exported.kept:  # what was written is the recipe that the verdict is about
         lines += [
             "",
             *(one.sentence for one in summary.verdicts if one.scheme == exported.scheme),
         ]
     return lines
+
+
+def _told(metric: dict[str, Any]) -> str:
+    """Return a metric, and what quantization changed of it, both with their intervals."""
+    unit = metric["unit"]
+
+    def change(value: float) -> str:
+        return f"{value * 100:+.1f}" if unit == "share" else f"{value:+.3g}"
+
+    text = f"{metric['name']} {_metric(metric['value'], unit)}"
+    if metric["low"] is not None:
+        text += f" (95 %: {_metric(metric['low'], unit)} to {_metric(metric['high'], unit)})"
+    if metric["difference"] is not None:
+        text += f", {change(metric['difference'])}{' points' if unit == 'share' else ''}"
+        if metric["difference_low"] is not None:
+            text += (
+                f" (95 %: {change(metric['difference_low'])} to "
+                f"{change(metric['difference_high'])})"
+            )
+        text += " against the unquantized model"
+    return text
 
 
 def _is_local(id: str) -> bool:

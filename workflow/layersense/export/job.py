@@ -253,7 +253,7 @@ def _export(
             files={},
             expected=expected,
             checked=checked,
-            metric=heldout.judge(folder / ONNX_FILE) if is_onnx else None,
+            metrics=heldout.judge(folder / ONNX_FILE) if is_onnx else [],
             seconds={phase: round(value, 3) for phase, value in seconds.items()},
             peak_memory_bytes=peak_memory_bytes(device),
             environment=describe_environment(device),

@@ -1,6 +1,5 @@
 """Write a quantized image model as ONNX with Q/DQ nodes (torch)."""
 
-import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from layersense.export.store import ONNX_FILE, Expected, OnnxMetric
 from layersense.export.write import copy_others, no_space
 from layersense.manifests.schema import Manifest
 from layersense.models.checkpoints import Checkpoint
-from layersense.models.tasks.metrics import metric_of
+from layersense.models.tasks.metrics import metrics_of, value_of
 from layersense.models.tasks.protocol import Batch, ImageTask, Loaded
 from layersense.quantization.formats import NONE
 
@@ -81,7 +80,7 @@ class Heldout:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.task, self.metric = task, metric_of(task, loaded)
+        self.task, self.metrics = task, metrics_of(task, loaded)
         self.batches = [batch.to(device, dtype) for batch in batches]
         self.called: set[str] = set()
         hooks = [
@@ -105,10 +104,13 @@ class Heldout:
             frame |= {f"simulated.{name}": tensor for name, tensor in simulated.items()}
             yield frame
 
-    def judge(self, file: Path) -> OnnxMetric | None:
-        """Return the task's metric by the outputs of a file, beside the model's own."""
-        if self.metric is None:
-            return None
+    def judge(self, file: Path) -> list[OnnxMetric]:
+        """Return the task's metrics by the outputs of a file, beside the model's own.
+
+        None of those that say nothing of these images.
+        """
+        if not self.metrics:
+            return []
         session = open_session(file)
         batches = [batch.to(torch.device("cpu"), torch.float32) for batch in self.batches]
         outputs = {
@@ -124,18 +126,24 @@ class Heldout:
                 for batch in batches
             ],
         }
-        values: dict[str, float | None] = {}
+        records: dict[str, dict[str, list[Any]]] = {
+            metric.name: {name: [] for name in outputs} for metric in self.metrics
+        }
         for name, found in outputs.items():
-            records: list[Any] = []
             for batch, tensors in zip(batches, found, strict=True):
                 output = self.task.output_of(tensors)
                 logits = self.task.supervised_logits(output, batch)
-                records += self.metric.records(output, logits, batch)
-            if not records:
-                return None
-            value = self.metric.value(records)
-            values[name] = value if math.isfinite(value) else None
-        return OnnxMetric(name=self.metric.name, unit=self.metric.unit, **values)
+                for metric in self.metrics:
+                    records[metric.name][name] += metric.records(output, logits, batch)
+        return [
+            OnnxMetric(
+                name=metric.name,
+                unit=metric.unit,
+                **{name: value_of(metric, rows) for name, rows in records[metric.name].items()},
+            )
+            for metric in self.metrics
+            if all(records[metric.name].values())
+        ]
 
 
 def expect(

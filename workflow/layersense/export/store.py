@@ -111,8 +111,8 @@ class Exported(msgspec.Struct, kw_only=True):
     """Name → bytes."""
     expected: Expected
     checked: Checked
-    metric: OnnxMetric | None = None
-    """None where no ONNX file was written, or the task has no metric for its images."""
+    metrics: list[OnnxMetric] = []
+    """None where no ONNX file was written, or the task has none for its images."""
     seconds: dict[str, float]
     peak_memory_bytes: int
     environment: dict[str, str]

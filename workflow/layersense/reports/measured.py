@@ -1,6 +1,6 @@
 """What was measured of one scheme on held-out rows, as reports read a ``verification.parquet``."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,73 @@ UNNAMED = ("random", "rival")
 
 
 @dataclass(frozen=True)
+class ShownMetric:
+    """One of the task's own metrics, as columns of a report."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+
+    @property
+    def heading(self) -> str:
+        """Name, with a unit other than a share; the small letter stays in mAP."""
+        is_name = self.name[1:2].isupper()
+        heading = self.name if is_name else f"{self.name[0].upper()}{self.name[1:]}"
+        return heading if self.unit in ("share", "") else f"{heading} ({self.unit})"
+
+    @property
+    def change(self) -> str:
+        """Heading of the difference, in percentage points for a share."""
+        return "Change, points" if self.unit == "share" else "Change"
+
+    @property
+    def better(self) -> str:
+        """In which direction it is better."""
+        return (
+            f"more {self.name} is better"
+            if self.higher_is_better
+            else (f"less {self.name} is better")
+        )
+
+    def value(self, row: dict[str, Any]) -> str:
+        """Return a row's value with its interval, a share as percent; ``–`` where it has none."""
+        one = self._of(row)
+        show = percent if self.unit == "share" else number
+        return _with_interval(one["value"], one["low"], one["high"], show) if one else "–"
+
+    def difference(self, row: dict[str, Any]) -> str:
+        """Return a row's difference to the unquantized model's value, with its interval."""
+        one = self._of(row)
+        show = _points if self.unit == "share" else _signed
+        ends = (one["difference"], one["difference_low"], one["difference_high"]) if one else None
+        return _with_interval(*ends, show) if ends else "–"
+
+    def _of(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        return next((one for one in row["metrics"] or () if one["name"] == self.name), None)
+
+
+def _with_interval(
+    value: float | None, low: float | None, high: float | None, show: Callable[[float | None], str]
+) -> str:
+    if low is None or high is None:
+        return show(value)
+    return f"{show(value)} ({show(low)} to {show(high)})"
+
+
+def _points(value: float | None) -> str:
+    """Return a difference of shares in percentage points, signed."""
+    return "–" if value is None else _signless_zero(f"{value * 100:+.1f}")
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else _signless_zero(f"{value:+.3f}")
+
+
+def _signless_zero(text: str) -> str:
+    return text.lstrip("+-") if not text.strip("+-0.") else text.replace("-", "\N{MINUS SIGN}")
+
+
+@dataclass(frozen=True)
 class Measured:
     """Measured damage of one scheme; rows have the columns of a ``verification.parquet``."""
 
@@ -33,19 +100,12 @@ class Measured:
     """The unquantized model."""
 
     @property
-    def metric(self) -> str | None:
-        """Name of the task's own metric, with a unit other than a share; None without one."""
-        row = next((row for row in self.recipes if row["metric"] is not None), None)
-        if row is None:
-            return None
-        unit = row["metric_unit"]
-        return row["metric"] if unit in ("share", "") else f"{row['metric']} ({unit})"
-
-    @property
-    def metric_title(self) -> str | None:
-        """The same as a heading; the small letter stays where a large one follows, as in mAP."""
-        name = self.metric
-        return name if name is None or name[1:2].isupper() else f"{name[0].upper()}{name[1:]}"
+    def metrics(self) -> list[ShownMetric]:
+        """The task's own metrics, in its order; none where the task has none."""
+        return [
+            ShownMetric(one["name"], one["unit"], one["higher_is_better"])
+            for one in self.before["metrics"] or ()
+        ]
 
     @staticmethod
     def kl_note(task: str) -> str:
@@ -62,19 +122,15 @@ class Measured:
         )
 
     @property
-    def metric_note(self) -> str:
-        """What the metric is without quantization, and in which direction it is better."""
-        row = next(row for row in self.recipes if row["metric"] is not None)
-        better = "more" if row["metric_higher_is_better"] else "less"
+    def metrics_note(self) -> str:
+        """How to read the metrics and their intervals."""
+        better = "; ".join(dict.fromkeys(metric.better for metric in self.metrics))
+        drawn = "samples" if self.summary.photographs is None else "photographs"
         return (
-            f"The task's own metric, {row['metric']}, is {self.metric_text(self.before)} without "
-            f"quantization on the same rows; {better} is better."
+            f"On the same rows, in brackets the 95 % interval by bootstrap over {drawn}: {better}. "
+            "Change is against the unquantized model on the same resamples, so that it is told "
+            "more sharply than by the two intervals of the values."
         )
-
-    @staticmethod
-    def metric_text(row: dict[str, Any]) -> str:
-        """Return a row's metric, a share as percent; ``–`` where there is none."""
-        return (percent if row["metric_unit"] == "share" else number)(row["metric_value"])
 
     @property
     def verdict(self) -> Verdict:
@@ -134,10 +190,7 @@ def read_measured(path: Path, scheme: str, formats: Collection[str]) -> Measured
     """
     summary = read_summary(path)
     table = read_table(path)
-    rows = [
-        {name: plain(value) if isinstance(value, str) else value for name, value in row.items()}
-        for row in table.to_pylist()
-    ]
+    rows = [_plain(row) for row in table.to_pylist()]
     return Measured(
         scheme=scheme,
         formats=list(formats),
@@ -146,3 +199,12 @@ def read_measured(path: Path, scheme: str, formats: Collection[str]) -> Measured
         all_recipes=[row for row in rows if row["kind"] == "recipe" and row["scheme"] == scheme],
         before=next(row for row in rows if row["kind"] == "before"),
     )
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of the table with all its text on one line and printable."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return plain(value) if isinstance(value, str) else value

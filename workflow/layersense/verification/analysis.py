@@ -221,10 +221,14 @@ def ratio_interval(
     return float(numerator.sum() / denominator.sum()), float(low), float(high)
 
 
+def resamples(units: int) -> npt.NDArray[np.int64]:
+    """Return which units each bootstrap resample draws, shape (resamples, units)."""
+    return np.random.default_rng(0).integers(0, units, size=(RESAMPLES, units))
+
+
 def _resampled(values: Floats, weights: Floats) -> Floats:
     """Return the ratio of sums in each bootstrap resample of the units."""
-    generator = np.random.default_rng(0)
-    drawn = generator.integers(0, len(values), size=(RESAMPLES, len(values)))
+    drawn = resamples(len(values))
     ratios: Floats = values[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
     return ratios
 

@@ -7,8 +7,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msgspec import UNSET
-
 from layersense import config
 from layersense.calibration.database import Row, open_database
 from layersense.errors import LayersenseError
@@ -25,6 +23,7 @@ from layersense.scoring.job import extensions_here, leased, only_job
 from layersense.verification.plan import Plan, Whole, make_plan, whole_digest
 from layersense.verification.refine import search
 from layersense.verification.store import (
+    METRICS_VERSION,
     Completed,
     MeasuredRecipe,
     Single,
@@ -202,14 +201,14 @@ class Wanted:
         ]
 
     def missing_recipes(self, held: Verification | None) -> dict[str, Whole]:
-        """Return the recipes that are not held, or not with the task's metric."""
+        """Return the recipes that are not held, or not with all of the task's metrics."""
         return {
             digest: whole
             for digest, whole in self.recipes.items()
             if held is None
             or digest not in held.recipes
             or held.recipes[digest].damage.digest != self.recipe_digest(whole)
-            or held.recipes[digest].damage.metric is UNSET
+            or held.recipes[digest].damage.metrics_version != METRICS_VERSION
         }
 
     def current_recipes(self, held: Verification) -> dict[str, MeasuredRecipe]:
@@ -252,17 +251,17 @@ def _join(held: Verification, found: Verification) -> Verification:
     for format, entries in found.singles.items():
         held.singles.setdefault(format, {}).update(entries)
     held.recipes.update(found.recipes)
-    held.before.metric = found.before.metric
+    held.before.metrics = found.before.metrics
     held.before.photographs = found.before.photographs
     held.seconds, held.peak_memory_bytes = found.seconds, found.peak_memory_bytes
     held.environment, held.exact_reuse = found.environment, found.exact_reuse
     return held
 
 
-def _photographs(rows: Sequence[Row], units: int) -> list[int] | None:
-    """Return the photograph of each unit; None where units are no rows, or rows no photographs."""
+def photographs_of(rows: Sequence[Row]) -> list[int] | None:
+    """Return the number of each row's photograph; None where rows are of none."""
     found = [row.image_id for row in rows if row.image_id is not None]
-    return found if len(found) == len(rows) == units else None
+    return found if len(found) == len(rows) else None
 
 
 class _Bench:
@@ -304,7 +303,9 @@ class _Bench:
         start = time.monotonic()
         before, alone, whole = self._measurer.measure(singles, recipes, in_progress)
         self._count("measure", start)
-        before.photographs = _photographs(self._rows, len(before.positions))
+        photographs = photographs_of(self._rows)
+        if photographs and len(photographs) == len(before.positions):
+            before.photographs = photographs
         for digest, damage in whole.items():
             damage.digest = self._wanted.recipe_digest(recipes[digest])
         entries: dict[str, dict[str, Single]] = {}
@@ -366,7 +367,7 @@ def _bench(
 
         from layersense.models.devices import spread_over
         from layersense.models.tasks import get_task
-        from layersense.models.tasks.metrics import metric_of
+        from layersense.models.tasks.metrics import metrics_of
         from layersense.scoring.measurement import sampling_of
         from layersense.verification.measure import Measurer
         from layersense.verification.replay import Switchboard, calibration_of
@@ -397,7 +398,13 @@ def _bench(
         )
         board = Switchboard.of(loaded.model, wanted.modules)
         measurer = Measurer(
-            board, task, heldout, device, calibration.dtype, metric_of(task, loaded)
+            board,
+            task,
+            heldout,
+            device,
+            calibration.dtype,
+            metrics=metrics_of(task, loaded),
+            photographs=photographs_of(heldout_rows),
         )
         seconds["load"] = time.monotonic() - start
         yield _Bench(settings, wanted, calibration, board, measurer, heldout_rows, cache, seconds)

@@ -11,20 +11,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from layersense.errors import LayersenseError
-from layersense.models.tasks.metrics import position_labels
-from layersense.models.tasks.protocol import IGNORED, Batch, Metric, Task
+from layersense.models.tasks.metrics import per_unit, position_labels, unit_sizes
+from layersense.models.tasks.protocol import Batch, Metric, Task
 from layersense.scoring.in_progress import InProgress
 from layersense.scoring.progress import Progress
+from layersense.verification.judging import Judge
 from layersense.verification.plan import Whole
 from layersense.verification.replay import Switchboard
-from layersense.verification.store import Before, Completed, Damage, TaskMetric
+from layersense.verification.store import METRICS_VERSION, Before, Completed, Damage
 
 logger = logging.getLogger(__name__)
 
 CALL = "verify"
 """Verification has one call, where scoring has one for each set of formats."""
 BEFORE = "before"
-"""Key of the unquantized model's records of the metric, where recipes have their digests."""
+"""Key of the unquantized model's records of metrics, where recipes have their digests."""
 CHUNK = 2**25
 """Logits whose log-probabilities are computed at once."""
 
@@ -33,6 +34,8 @@ Single = tuple[str, str]
 Divergence = Callable[[Any, Any], Tensor]
 """Of two outputs of a task: what differs beside their distributions, shape (positions,), in units
 of the loss. Optional method ``divergence`` of a task."""
+Records = dict[str, dict[str, list[Any]]]
+"""Of each metric by its name, by the recipe's digest."""
 
 
 class Measurer:
@@ -47,7 +50,8 @@ class Measurer:
         batches: held-out batches.
         device: where the model is.
         dtype: of its floating-point inputs.
-        metric: what whole recipes are judged by; None judges none.
+        metrics: what whole recipes are judged by.
+        photographs: number of each row's photograph; None where they are of none.
     """
 
     def __init__(
@@ -57,10 +61,12 @@ class Measurer:
         batches: Sequence[Batch],
         device: torch.device,
         dtype: torch.dtype,
-        metric: Metric | None = None,
+        metrics: Sequence[Metric] = (),
+        photographs: Sequence[int] | None = None,
     ) -> None:
         self.board, self.task, self.batches = board, task, batches
-        self.device, self.dtype, self.metric = device, dtype, metric
+        self.device, self.dtype = device, dtype
+        self.metrics, self.photographs = metrics, photographs
         self._choices: Choices = getattr(task, "same_choices", NoChoices)()
         self._divergence: Divergence | None = getattr(task, "divergence", None)
         self.exact_reuse = True
@@ -129,29 +135,28 @@ class Measurer:
         finally:
             self.board.clear()
             progress.close()
-        before.metric = self._judged(done.records, BEFORE)
-        for digest, damage in whole.items():
-            damage.metric = self._judged(done.records, digest)
+        self._judged(done.records, whole, before)
+        for damage in whole.values():
+            damage.metrics_version = METRICS_VERSION
         return before, alone, whole
 
     def _record(
-        self, records: dict[str, list[Any]], key: str, output: Any, logits: Tensor, batch: Batch
+        self, records: Records, key: str, output: Any, logits: Tensor, batch: Batch
     ) -> None:
-        """Keep what the metric needs of one batch."""
-        if self.metric is not None:
-            records.setdefault(key, []).extend(self.metric.records(output, logits, batch))
+        """Keep what the metrics need of one batch."""
+        for metric in self.metrics:
+            found = records.setdefault(key, {}).setdefault(metric.name, [])
+            found.extend(metric.records(output, logits, batch))
 
-    def _judged(self, records: Mapping[str, list[Any]], key: str) -> TaskMetric | None:
-        """Return the metric over all batches; None where the task has none, or nothing to judge."""
-        if self.metric is None or not records[key]:
-            return None
-        value = self.metric.value(records[key])
-        return TaskMetric(
-            name=self.metric.name,
-            unit=self.metric.unit,
-            higher_is_better=self.metric.higher_is_better,
-            value=value if math.isfinite(value) else None,
-        )
+    def _judged(self, records: Records, whole: Mapping[str, Damage], before: Before) -> None:
+        """Tell what the metrics say of each model, where there is anything to judge."""
+        for metric in self.metrics:
+            if not records[BEFORE][metric.name]:
+                continue
+            judge = Judge(metric, records[BEFORE][metric.name], self.photographs)
+            before.metrics.append(judge.of(records[BEFORE][metric.name]))
+            for digest, damage in whole.items():
+                damage.metrics.append(judge.of(records[digest][metric.name]))
 
     def _measure_batch(
         self,
@@ -160,7 +165,7 @@ class Measurer:
         before: Before,
         alone: dict[Single, Damage],
         whole: dict[str, Damage],
-        records: dict[str, list[Any]],
+        records: Records,
     ) -> None:
         self.board.clear()
         with Trace(self.board) as trace, self._choices.noted():
@@ -181,7 +186,7 @@ class Measurer:
         if targets is None:
             before.correct = None
         elif before.correct is not None:
-            before.correct += _per_unit(logits.argmax(dim=-1) == targets, sizes)
+            before.correct += per_unit(logits.argmax(dim=-1) == targets, sizes)
         if self.exact_reuse and alone:
             self._check_reuse(trace, batch, logits)
         for (format, handle), damage in alone.items():
@@ -191,7 +196,7 @@ class Measurer:
         for digest, damage in whole.items():
             self.board.switch(recipes[digest].recipe, recipes[digest].kv_cache)
             output, after = self._compare(batch, unquantized, logits, targets, sizes, damage)
-            if self.metric is not None and self._choices.any:  # it is judged by its own choices
+            if self.metrics and self._choices.any:  # it is judged by its own choices
                 output = self.task.forward(self.board.model, batch)
             self._record(records, digest, output, after, batch)
 
@@ -224,14 +229,14 @@ class Measurer:
         if self._divergence is not None:
             divergence += self._divergence(unquantized, output)
         damage.kl += [
-            value if math.isfinite(value) else None for value in _per_unit(divergence, sizes)
+            value if math.isfinite(value) else None for value in per_unit(divergence, sizes)
         ]
-        damage.agree += _per_unit(agree, sizes)
+        damage.agree += per_unit(agree, sizes)
         damage.loss.append(loss if math.isfinite(loss) else None)
         if targets is None:
             damage.correct = None
         elif damage.correct is not None:
-            damage.correct += _per_unit(after.argmax(dim=-1) == targets, sizes)
+            damage.correct += per_unit(after.argmax(dim=-1) == targets, sizes)
         return output, after
 
 
@@ -364,33 +369,9 @@ def kl_divergence(before: Tensor, after: Tensor) -> Tensor:
     return torch.cat(found) if found else before.new_zeros(0, dtype=torch.float64)
 
 
-def unit_sizes(batch: Batch, positions: int) -> list[int]:
-    """Return how many of a batch's compared positions belong to each unit, in order.
-
-    A unit is a sample, where the positions can be told apart by sample: one each, the supervised
-    tokens of each, or equally many. Otherwise the batch is one unit.
-    """
-    if positions == batch.n_samples:
-        return [1] * positions
-    if batch.labels.ndim == 2:
-        for labels in (batch.labels[:, 1:], batch.labels):
-            counts: list[int] = (labels != IGNORED).sum(dim=1).tolist()
-            if sum(counts) == positions:
-                return counts
-    if batch.n_samples and positions % batch.n_samples == 0 and batch.labels.ndim != 2:
-        return [positions // batch.n_samples] * batch.n_samples
-    return [positions]
-
-
 def _all_at(equal: Tensor) -> Tensor:
     """Return where all decisions of a position are equal, shape (positions,)."""
     return equal.reshape(len(equal), -1).all(dim=-1)
-
-
-def _per_unit(values: Tensor, sizes: Sequence[int]) -> list[Any]:
-    """Sum values, shape (positions,), over each unit."""
-    kind = torch.float64 if values.is_floating_point() else torch.int64
-    return [part.sum().item() for part in torch.split(values.to("cpu", kind), list(sizes))]
 
 
 def _returning(output: Any) -> Callable[..., Any]:

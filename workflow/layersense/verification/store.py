@@ -13,7 +13,9 @@ VERIFICATION_VERSION = 1
 """Raised when what is measured changes, which measures everything again."""
 PLAN_VERSION = 2
 """Raised when the plan or the search for better recipes changes: what is new in it is measured."""
-VERIFICATION_TABLE_VERSION = 5
+METRICS_VERSION = 2
+"""Raised when a task has another metric, which measures whole recipes again and no group alone."""
+VERIFICATION_TABLE_VERSION = 6
 """Raised when the table or its summary changes for the same measurements."""
 
 
@@ -26,6 +28,15 @@ class TaskMetric(msgspec.Struct, kw_only=True):
     higher_is_better: bool
     value: float | None
     """None where not finite, as where no position has a label."""
+    low: float | None = None
+    high: float | None = None
+    """95 % interval, by bootstrap over photographs (samples where there are none); None with fewer
+    than two."""
+    difference: float | None = None
+    """Value minus that of the unquantized model on the same rows."""
+    difference_low: float | None = None
+    difference_high: float | None = None
+    """Its 95 % interval: both models in each resample."""
 
 
 class Damage(msgspec.Struct, kw_only=True):
@@ -44,9 +55,10 @@ class Damage(msgspec.Struct, kw_only=True):
     """Positions of each unit at which the first choice is the label; None without labels."""
     loss: list[float | None]
     """Loss of each batch, summed; None where not finite."""
-    metric: TaskMetric | msgspec.UnsetType | None = msgspec.UNSET
-    """Of a whole recipe; None where the task has none. Unset: not measured, as for single groups
-    and in files of before there were metrics."""
+    metrics: list[TaskMetric] = []
+    """Of a whole recipe: all of the task's."""
+    metrics_version: int = 0
+    """:data:`METRICS_VERSION` when it was judged; 0 for single groups, which are not."""
 
 
 class Single(msgspec.Struct, kw_only=True):
@@ -76,7 +88,7 @@ class Before(msgspec.Struct, kw_only=True):
     """Of each batch, summed."""
     tokens: list[int]
     """Supervised tokens of each batch (samples, where there are none)."""
-    metric: TaskMetric | msgspec.UnsetType | None = msgspec.UNSET
+    metrics: list[TaskMetric] = []
     """As for recipes."""
     photographs: list[int] | None = None
     """Number of each unit's photograph, where units are samples of photographs; several captions of
@@ -93,8 +105,9 @@ class Completed(msgspec.Struct, kw_only=True):
     """Format → handle → what it did alone."""
     recipes: dict[str, Damage]
     """By the recipe's digest."""
-    records: dict[str, list[Any]]
-    """Records of the metric, by the recipe's digest; the unquantized model's under ``before``."""
+    records: dict[str, dict[str, list[Any]]]
+    """Records of each metric by its name, by the recipe's digest; the unquantized model's under
+    ``before``."""
 
 
 class Verification(msgspec.Struct, kw_only=True):

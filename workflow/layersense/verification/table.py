@@ -39,7 +39,6 @@ from layersense.verification.refine import Search, halves, mean_kl, search
 from layersense.verification.store import (
     VERIFICATION_TABLE_VERSION,
     Damage,
-    TaskMetric,
     Verification,
     by_photograph,
     read_verification,
@@ -63,15 +62,22 @@ UNITS = {
     "perplexity": "exp(loss); null for tasks without tokens",
     "top1_agreement": "share of positions with the same first choice as before, 0 to 1",
     "top1_accuracy": "share of positions whose first choice is the label, 0 to 1",
-    "metric": "name of the task's own metric; null for single groups, and where there is none",
-    "metric_value": "the task's own metric over all held-out rows, in metric_unit",
-    "metric_unit": "share (0 to 1), or any other",
-    "metric_higher_is_better": "whether more of metric_value is better",
+    "metrics": "the task's own metrics over all held-out rows, null for single groups: name; "
+    "value, in unit (share: 0 to 1); low and high, its 95 % interval by bootstrap over "
+    "photographs; difference, value minus that of the unquantized model, with its own interval; "
+    "whether higher_is_better",
     "sum_of_singles": "sum of the measured kl of the recipe's groups alone, and of its key-value "
     "cache; null if one is missing",
 }
 
 _NAME = pa.dictionary(pa.int32(), pa.string())
+_METRIC = [
+    ("name", pa.string()),
+    ("unit", pa.string()),
+    ("higher_is_better", pa.bool_()),
+    *((name, pa.float64()) for name in ("value", "low", "high")),
+    *((name, pa.float64()) for name in ("difference", "difference_low", "difference_high")),
+]
 VERIFICATION = pa.schema(
     [
         ("run", _NAME),
@@ -89,10 +95,7 @@ VERIFICATION = pa.schema(
         *((name, pa.float64()) for name in ("kl", "kl_low", "kl_high")),
         *((name, pa.float64()) for name in ("loss", "loss_difference", "perplexity")),
         *((name, pa.float64()) for name in ("top1_agreement", "top1_accuracy")),
-        ("metric", _NAME),
-        ("metric_value", pa.float64()),
-        ("metric_unit", _NAME),
-        ("metric_higher_is_better", pa.bool_()),
+        ("metrics", pa.list_(pa.struct(_METRIC))),
         ("sum_of_singles", pa.float64()),
         ("rival_of", pa.string()),
         ("recipe_digest", pa.string()),
@@ -356,7 +359,6 @@ def _row(found: Verification, damage: Damage | None, **more: Any) -> dict[str, A
         (0.0, 0.0, 0.0) if damage is None else mean_with_interval(damage.kl, before.positions)
     )
     correct = before.correct if damage is None else damage.correct
-    judged = (before if damage is None else damage).metric
     # A loss per token has a perplexity; that of a sample has none.
     per_token = tokens > found.heldout_samples
     return {
@@ -369,16 +371,9 @@ def _row(found: Verification, damage: Damage | None, **more: Any) -> dict[str, A
         "perplexity": math.exp(loss) if loss is not None and loss < 700 and per_token else None,
         "top1_agreement": 1.0 if damage is None else sum(damage.agree) / positions,
         "top1_accuracy": None if correct is None else sum(correct) / positions,
-        **(
-            {
-                "metric": judged.name,
-                "metric_value": judged.value,
-                "metric_unit": judged.unit,
-                "metric_higher_is_better": judged.higher_is_better,
-            }
-            if isinstance(judged, TaskMetric)
-            else {}
-        ),
+        "metrics": None
+        if more["kind"] == "group"
+        else msgspec.to_builtins((before if damage is None else damage).metrics),
     }
 
 

@@ -85,9 +85,9 @@ class CausalLM:
         """Return the logits of all positions but each block's last, (n_tokens, vocabulary)."""
         return supervised_logits(output, batch)
 
-    def metric(self, loaded: Loaded) -> Metric:
+    def metrics(self, loaded: Loaded) -> Sequence[Metric]:
         """Return the share of tokens predicted right, given the true ones before."""
-        return TopChoice("token accuracy")
+        return [TopChoice("token accuracy")]
 
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""

@@ -9,16 +9,23 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import generalized_box_iou_loss
 
 from layersense.models.tasks.images import yes_or_no
+from layersense.models.tasks.metrics import Floats, ratio
 
 if TYPE_CHECKING:
     from layersense.models.tasks.protocol import Batch
 
+THRESHOLDS = tuple((50 + 5 * step) / 100 for step in range(10))
+"""Intersections over union from which on a box hits."""
+RECALLS = np.linspace(0, 1, 101)
+"""Levels of recall at which COCO reads the precision."""
 MOST = 100
 """Detections of a photograph that count, as COCO has it."""
 _TOPK = (torch.topk, Tensor.topk)
@@ -122,46 +129,100 @@ class AveragePrecision:
             records.append([rows.tolist(), truth.tolist()])
         return records
 
-    def value(self, records: Sequence[Any]) -> float:
-        """Return the average precision, 0 to 1; NaN where no photograph has a box."""
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
+    def values(self, records: Sequence[Any], counts: Floats) -> Floats:
+        """Return the average precision, 0 to 1; NaN where no photograph has a box.
 
-        truth = [
-            {"image_id": image, "bbox": box, "category_id": int(number), "iscrowd": 0,
-             "area": box[2] * box[3], "id": index}
-            for index, (image, (*box, number)) in enumerate(
-                ((image, row) for image, (_, rows) in enumerate(records) for row in rows), start=1
-            )
-        ]  # fmt: skip
-        found = [
-            {"image_id": image, "bbox": box, "category_id": int(number), "score": score}
-            for image, (rows, _) in enumerate(records)
-            for *box, number, score in rows
-            if all(map(math.isfinite, (*box, score)))
-        ]
-        if not truth:
-            return math.nan
-        if not found:
-            return 0.0
-        with redirect_stdout(io.StringIO()):
-            coco = COCO()
-            coco.dataset = {
-                "images": [{"id": image} for image in range(len(records))],
-                "annotations": truth,
-                "categories": [{"id": number} for number in {row["category_id"] for row in truth}],
-            }
-            coco.createIndex()
-            known = {category["id"] for category in coco.dataset["categories"]}
-            # A class that no photograph shows has no precision.
-            there = [row for row in found if row["category_id"] in known]
-            if not there:
-                return 0.0
-            evaluation = COCOeval(coco, coco.loadRes(there), "bbox")
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-        return float(evaluation.stats[0])
+        pycocotools says which boxes hit, once. What follows is its ``accumulate`` with each
+        photograph as often as it counts, for all rows of ``counts`` together: the precision at 101
+        levels of recall is the best one at that recall or above.
+        """
+        true = {int(row[-1]) for _, truth in records for row in truth}
+        total, classes = np.zeros(len(counts)), np.zeros(len(counts))
+        for number, (images, hits) in _matches(records, sorted(true)).items():
+            objects = [sum(row[-1] == number for row in truth) for _, truth in records]
+            wanted = counts @ np.array(objects, dtype=float)
+            there = wanted > 0
+            precision = _precision(counts[there][:, images], hits, wanted[there])
+            total[there] += precision
+            classes[there] += 1
+        return ratio(total, classes)
+
+
+def _matches(
+    records: Sequence[Any], classes: Sequence[int]
+) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]]:
+    """Return which boxes hit, by class, from the most probable to the least.
+
+    Returns:
+        class → number of the photograph of each box that was found, shape (boxes,); whether it
+        hits at each IoU threshold, shape (thresholds, boxes).
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth = [
+        {"image_id": image, "bbox": box, "category_id": int(number), "iscrowd": 0,
+         "area": box[2] * box[3], "id": index}
+        for index, (image, (*box, number)) in enumerate(
+            ((image, row) for image, (_, rows) in enumerate(records) for row in rows), start=1
+        )
+    ]  # fmt: skip
+    # A class that no photograph shows has no precision.
+    found = [
+        {"image_id": image, "bbox": box, "category_id": int(number), "score": score}
+        for image, (rows, _) in enumerate(records)
+        for *box, number, score in rows
+        if int(number) in classes and all(map(math.isfinite, (*box, score)))
+    ]
+    nothing = np.zeros(0, dtype=np.int64), np.zeros((len(THRESHOLDS), 0), dtype=bool)
+    if not found:
+        return dict.fromkeys(classes, nothing)
+    with redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = {
+            "images": [{"id": image} for image in range(len(records))],
+            "annotations": truth,
+            "categories": [{"id": number} for number in classes],
+        }
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(found), "bbox")
+        evaluation.params.iouThrs = np.array(THRESHOLDS)
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, math.inf]], ["all"]
+        evaluation.params.maxDets = [MOST]
+        evaluation.evaluate()
+    result = {}
+    for index, number in enumerate(classes):
+        seen = [one for one in evaluation.evalImgs[index * len(records) :][: len(records)] if one]
+        if not seen:
+            result[number] = nothing
+            continue
+        scores = np.concatenate([one["dtScores"] for one in seen])
+        order = np.argsort(-scores, kind="stable")
+        images = np.concatenate([[one["image_id"]] * len(one["dtScores"]) for one in seen])
+        hits = np.concatenate([one["dtMatches"] for one in seen], axis=1) > 0
+        result[number] = images.astype(np.int64)[order], hits[:, order]
+    return result
+
+
+def _precision(weights: Floats, hits: npt.NDArray[np.bool_], wanted: Floats) -> Floats:
+    """Return the mean precision over thresholds and levels of recall, shape (n,).
+
+    Args:
+        weights: how often each box counts, shape (n, boxes).
+        hits: whether it hits, shape (thresholds, boxes).
+        wanted: objects that are there, shape (n,).
+    """
+    total = np.zeros(len(weights))
+    if not hits.shape[1]:
+        return total
+    found = weights.cumsum(axis=1)
+    for hit in hits:
+        right = (weights * hit).cumsum(axis=1)
+        best = np.maximum.accumulate(ratio(right, found, 0.0)[:, ::-1], axis=1)[:, ::-1]
+        # How many levels of recall each box is the first to reach.
+        reached = np.searchsorted(RECALLS, right / wanted[:, None], side="right")
+        total += (np.diff(reached, axis=1, prepend=0) * best).sum(axis=1)
+    return total / (len(hits) * len(RECALLS))
 
 
 def _sides(corners: Tensor) -> Tensor:

@@ -162,9 +162,9 @@ class ImageClassification:
         """Return the logits of an exported file as ``forward`` does."""
         return outputs["logits"]
 
-    def metric(self, loaded: Loaded) -> Metric:
+    def metrics(self, loaded: Loaded) -> Sequence[Metric]:
         """Return the share of photographs whose first choice is their class."""
-        return TopChoice("top-1 accuracy")
+        return [TopChoice("top-1 accuracy")]
 
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""

@@ -232,9 +232,9 @@ class ImageTextToText:
         """Return the logits that predict captions and ends of turns, (n_tokens, vocabulary)."""
         return supervised_logits(output, batch)
 
-    def metric(self, loaded: Loaded) -> Metric:
+    def metrics(self, loaded: Loaded) -> Sequence[Metric]:
         """Return the share of tokens predicted right, given the true ones before."""
-        return TopChoice("token accuracy")
+        return [TopChoice("token accuracy")]
 
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""

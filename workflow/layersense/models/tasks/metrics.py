@@ -1,34 +1,50 @@
 """What tasks are judged by: shares of right choices, mean intersection over union."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from layersense.errors import LayersenseError
 from layersense.models.tasks.protocol import IGNORED, Batch, Loaded, Metric, Task
 
-MEMBERS = ("name", "unit", "higher_is_better", "records", "value")
+Floats = npt.NDArray[np.float64]
+
+MEMBERS = ("name", "unit", "higher_is_better", "records", "values")
 """What a metric has; see :class:`layersense.models.tasks.protocol.Metric`."""
 
 
-def metric_of(task: Task, loaded: Loaded) -> Metric | None:
-    """Return the task's metric; None where it has none, as a task of the user's own may.
+def metrics_of(task: Task, loaded: Loaded) -> list[Metric]:
+    """Return the task's metrics; none where it says nothing of them, as one's own may.
 
     Raises:
-        LayersenseError: what the task calls its metric is none.
+        LayersenseError: what the task calls a metric is none, or two have one name.
     """
-    make = getattr(task, "metric", None)
-    metric: Metric | None = None if make is None else make(loaded)
-    lacking = [name for name in MEMBERS if not hasattr(metric, name)]
-    if metric is not None and lacking:
+    make = getattr(task, "metrics", None)
+    metrics: list[Metric] = [] if make is None else list(make(loaded))
+    for metric in metrics:
+        lacking = [name for name in MEMBERS if not hasattr(metric, name)]
+        if lacking:
+            raise LayersenseError(
+                f"task {task.name}: its metric {type(metric).__name__} lacks "
+                f"{', '.join(lacking)}; see `Metric` in layersense.models.tasks.protocol"
+            )
+    names = [metric.name for metric in metrics]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise LayersenseError(
-            f"task {task.name}: its metric lacks {', '.join(lacking)}; see `Metric` in "
-            "layersense.models.tasks.protocol"
+            f"task {task.name}: two of its metrics are called {twice[0]}; give each a name of its "
+            "own"
         )
-    return metric
+    return metrics
+
+
+def value_of(metric: Metric, records: Sequence[Any]) -> float | None:
+    """Return a metric over all records, each once; None where it says nothing."""
+    (value,) = metric.values(records, np.ones((1, len(records))))
+    return float(value) if np.isfinite(value) else None
 
 
 class TopChoice:
@@ -44,16 +60,18 @@ class TopChoice:
         self.name = name
 
     def records(self, output: Any, logits: Tensor, batch: Batch) -> list[Any]:
-        """Return the right and all positions of a batch; nothing where these have no labels."""
+        """Return right and all positions of each sample; nothing where these have no labels."""
         labels = position_labels(batch, len(logits))
         if labels is None:
             return []
-        return [[int((logits.argmax(dim=-1) == labels).sum()), len(labels)]]
+        sizes = unit_sizes(batch, len(logits))
+        right = per_unit(logits.argmax(dim=-1) == labels, sizes)
+        return [[one, size] for one, size in zip(right, sizes, strict=True)]
 
-    def value(self, records: Sequence[Any]) -> float:
+    def values(self, records: Sequence[Any], counts: Floats) -> Floats:
         """Return right positions / all positions, 0 to 1; NaN where there are none."""
-        total = sum(total for _, total in records)
-        return sum(right for right, _ in records) / total if total else math.nan
+        right, total = (counts @ np.array(records, dtype=float).reshape(-1, 2)).T
+        return ratio(right, total)
 
 
 class MeanIoU:
@@ -69,24 +87,38 @@ class MeanIoU:
     higher_is_better = True
 
     def records(self, output: Any, logits: Tensor, batch: Batch) -> list[Any]:
-        """Return the pixels of a batch by class: in both, labelled, chosen; shape (3, classes).
+        """Return each photograph's pixels by class: in both, labelled, chosen; shape (3, classes).
 
         Nothing where the pixels have no labels.
         """
         labels = position_labels(batch, len(logits))
         if labels is None:
             return []
-        chosen, classes = logits.argmax(dim=-1), logits.shape[-1]
-        parts = (labels[chosen == labels], labels, chosen)
-        return [[torch.bincount(part, minlength=classes).tolist() for part in parts]]
+        classes, sizes = logits.shape[-1], unit_sizes(batch, len(logits))
+        return [
+            [
+                torch.bincount(part, minlength=classes).tolist()
+                for part in (ours[chosen == ours], ours, chosen)
+            ]
+            for ours, chosen in zip(
+                torch.split(labels, sizes), torch.split(logits.argmax(dim=-1), sizes), strict=True
+            )
+        ]
 
-    def value(self, records: Sequence[Any]) -> float:
+    def values(self, records: Sequence[Any], counts: Floats) -> Floats:
         """Return the mean intersection over union, 0 to 1; NaN where there are no pixels."""
         if not records:
-            return math.nan
-        both, labelled, chosen = torch.tensor(records, dtype=torch.float64).sum(dim=0)
+            return np.full(len(counts), np.nan)
+        pixels = np.array(records, dtype=float)
+        both, labelled, chosen = np.moveaxis(np.tensordot(counts, pixels, axes=1), 1, 0)
         union = labelled + chosen - both
-        return float((both[union > 0] / union[union > 0]).mean())
+        return ratio(ratio(both, union, 0.0).sum(axis=1), (union > 0).sum(axis=1))
+
+
+def ratio(part: Floats, whole: npt.NDArray[Any], otherwise: float = np.nan) -> Floats:
+    """Return ``part / whole``, and ``otherwise`` where the whole is zero."""
+    found: Floats = np.divide(part, whole, out=np.full(part.shape, otherwise), where=whole > 0)
+    return found
 
 
 def position_labels(batch: Batch, positions: int) -> Tensor | None:
@@ -99,3 +131,28 @@ def position_labels(batch: Batch, positions: int) -> Tensor | None:
         if len(found) == positions:
             return found
     return None
+
+
+def unit_sizes(batch: Batch, positions: int) -> list[int]:
+    """Return how many of a batch's compared positions belong to each unit, in order.
+
+    A unit is a sample, where the positions can be told apart by sample: one each, the supervised
+    tokens of each, or equally many. Otherwise the batch is one unit.
+    """
+    if positions == batch.n_samples:
+        return [1] * positions
+    candidates = [batch.labels[:, 1:]] if batch.labels.ndim == 2 else []
+    if batch.labels.ndim >= 2:
+        for labels in (*candidates, batch.labels):
+            counts: list[int] = (labels != IGNORED).flatten(1).sum(dim=1).tolist()
+            if sum(counts) == positions:
+                return counts
+    if batch.n_samples and positions % batch.n_samples == 0 and batch.labels.ndim != 2:
+        return [positions // batch.n_samples] * batch.n_samples
+    return [positions]
+
+
+def per_unit(values: Tensor, sizes: Sequence[int]) -> list[Any]:
+    """Sum values, shape (positions,), over each unit."""
+    kind = torch.float64 if values.is_floating_point() else torch.int64
+    return [part.sum().item() for part in torch.split(values.to("cpu", kind), list(sizes))]

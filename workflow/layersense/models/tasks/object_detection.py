@@ -194,10 +194,10 @@ class ObjectDetection:
         """Return what an exported file of a detector finds, without a loss."""
         return _detected(None, outputs["logits"], outputs["pred_boxes"])
 
-    def metric(self, loaded: Loaded) -> Metric | None:
-        """Return COCO's average precision."""
+    def metrics(self, loaded: Loaded) -> Sequence[Metric]:
+        """Return COCO's average precision, where the processor sorts out what it found."""
         detector: Detector = loaded.processor
-        return None if detector.find is None else AveragePrecision(detector.find)
+        return [] if detector.find is None else [AveragePrecision(detector.find)]
 
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""

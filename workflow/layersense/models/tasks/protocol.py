@@ -13,6 +13,9 @@ from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from layersense.calibration.database import Row
     from layersense.calibration.sampling import Unit
     from layersense.quantization.layers import LayerName
@@ -117,7 +120,10 @@ class Metric(Protocol):
         """Whether more of it is better."""
 
     def records(self, output: Any, logits: Tensor, batch: Batch) -> list[Any]:
-        """Return what :meth:`value` needs of one batch, as values of JSON.
+        """Return what :meth:`values` needs of one batch, as values of JSON.
+
+        One record a sample, in order, so that all of one photograph can be drawn together for the
+        interval; or one of the batch where its samples cannot be told apart.
 
         Args:
             output: what the task's ``forward`` returned.
@@ -125,8 +131,19 @@ class Metric(Protocol):
             batch: on its device.
         """
 
-    def value(self, records: Sequence[Any]) -> float:
-        """Return the metric over the records of all batches, in their order."""
+    def values(
+        self, records: Sequence[Any], counts: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        """Return the metric over the records of all batches, once for each row of ``counts``.
+
+        Args:
+            records: of all batches, in their order.
+            counts: how often each record counts, shape (n, records): all of them once for the
+                metric itself, and then as the resamples of the bootstrap draw them.
+
+        Returns:
+            Shape (n,); NaN where the metric says nothing.
+        """
 
 
 class Task(Protocol):
@@ -196,10 +213,10 @@ class Task(Protocol):
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""
 
-    def metric(self, loaded: Loaded) -> Metric | None:
-        """Return what whole recipes are judged by, or None.
+    def metrics(self, loaded: Loaded) -> Sequence[Metric]:
+        """Return what whole recipes are judged by, each of another name.
 
-        Optional: a task of the user's own that lacks this method has no metric.
+        Optional: a task of the user's own that lacks this method has none.
         """
 
 

@@ -161,9 +161,9 @@ class SemanticSegmentation:
         """Return the logits of an exported file as ``forward`` does."""
         return [outputs["logits"]]
 
-    def metric(self, loaded: Loaded) -> Metric:
+    def metrics(self, loaded: Loaded) -> Sequence[Metric]:
         """Return the mean intersection over union of the classes."""
-        return MeanIoU()
+        return [MeanIoU()]
 
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""

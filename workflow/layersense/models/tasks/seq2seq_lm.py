@@ -87,9 +87,9 @@ class Seq2SeqLM:
         logits: Tensor = output.logits[batch.labels != IGNORED]
         return logits.float()
 
-    def metric(self, loaded: Loaded) -> Metric:
+    def metrics(self, loaded: Loaded) -> Sequence[Metric]:
         """Return the share of tokens predicted right, given the true ones before."""
-        return TopChoice("token accuracy")
+        return [TopChoice("token accuracy")]
 
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""
