@@ -52,6 +52,9 @@ ON_CPU = [name for name, format in known_formats().items() if not format.needs_c
 OWN = {
     "INT8_DYNAMIC": OwnFormat(base="INT8_DEFAULT_CFG", input={"type": "dynamic"}),
     "FP8_TWIN": OwnFormat(base="FP8_DEFAULT_CFG"),
+    "INT8_BLOCKS": OwnFormat(
+        base="INT8_DEFAULT_CFG", input={"axis": None, "block_sizes": {"-1": 16}}
+    ),
 }
 
 Entries = dict[str, FormatScores]
@@ -653,18 +656,21 @@ def test_out_of_memory_with_nothing_to_reduce_is_one_sentence(
         run_fused(measurement(score_batch_size=1), INT8)
 
 
-def test_a_range_taken_from_the_batch_is_never_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("INT8_DYNAMIC", FP8)
+@pytest.mark.parametrize("bound", ["INT8_DYNAMIC", "INT8_BLOCKS"])
+def test_a_range_that_belongs_to_the_batch_is_never_split(
+    bound: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = (bound, FP8)
     whole = run_fused(measurement(), *names)
     out_of_memory_at(monkeypatch, {1})
     entries = run_fused(measurement(), *names)
     assert entries[FP8].fit.micro_batch == 2
-    assert entries["INT8_DYNAMIC"].fit.micro_batch == 4
+    assert entries[bound].fit.micro_batch == 4
     for name in names:
         assert totals(entries[name]) == pytest.approx(totals(whole[name]), rel=1e-5)
     out_of_memory_at(monkeypatch, {1})
     with pytest.raises(LayersenseError, match="samples 1 to 4, of 1 positions each"):
-        run_fused(measurement(), "INT8_DYNAMIC")
+        run_fused(measurement(), bound)
 
 
 @pytest.mark.parametrize("task", [Normalised(), Toy(kind=Table)])

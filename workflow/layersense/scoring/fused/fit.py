@@ -10,6 +10,7 @@ from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import nn
 
 from layersense.quantization.formats import Format
+from layersense.scoring.fused.quantizers import has_static_blocks
 from layersense.scoring.scores import Fit
 
 HELD_FACTOR = 1.75
@@ -53,7 +54,7 @@ def smaller(
         bound = tuple(recipe for recipe in what.recipes if recipe in coupled)
         size = _half(fit.micro_batch)
         split = f"scoring batch of {fit.micro_batch} samples split into {size} at a time"
-        apart = f"{len(bound)} format(s) with one activation range for a batch scored apart"
+        apart = f"{len(bound)} format(s) with activation ranges of a whole batch scored apart"
         if free:
             parts = [_part(what, free, split, micro_batch=size)]
             return parts + ([_part(what, bound, apart)] if bound else [])
@@ -162,17 +163,18 @@ def without_samples(
 
 
 def couples_samples(format: Format) -> bool:
-    """Return whether one activation range serves the whole batch and is taken from it.
+    """Return whether a format's activation ranges belong to the whole batch.
 
-    Such a range (dynamic, or never calibrated) depends on all samples of the batch, so a score
-    under it depends on how the batch was split.
+    One range for it that is taken from it (dynamic, or never calibrated) depends on all of its
+    samples, so a score depends on how the batch was split; ranges of blocks that were calibrated
+    fit the calibrated shape alone.
     """
 
     def from_the_batch(stage: Mapping[str, Any]) -> bool:
         dynamic = stage.get("type") == "dynamic" or format.algorithm is None
         return dynamic and stage.get("axis") is None and not stage.get("block_sizes")
 
-    return any(from_the_batch(stage) for stage in format.input)
+    return has_static_blocks(format) or any(from_the_batch(stage) for stage in format.input)
 
 
 def can_checkpoint(model: nn.Module) -> bool:
