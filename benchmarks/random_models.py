@@ -21,8 +21,20 @@ CAPTIONS = ["A man rides a horse on the beach.", "Two dogs play with a red ball.
 
 
 @dataclass(frozen=True)
+class Tower:
+    """The sizes of Qwen2.5-VL's vision tower."""
+
+    depth: int
+    hidden: int
+    intermediate: int
+    heads: int
+    whole: tuple[int, ...]
+    """Blocks that attend to the whole image, not within windows."""
+
+
+@dataclass(frozen=True)
 class Shape:
-    """The sizes of a published model."""
+    """The sizes of a published model, or of one that is small enough for a CPU."""
 
     vocabulary: int
     hidden: int
@@ -31,15 +43,17 @@ class Shape:
     heads: int
     kv_heads: int
     tied: bool
-    vision: bool = False
-    """Whether it has Qwen2.5-VL's vision tower."""
+    vision: Tower | None = None
     llama: bool = False
 
 
+TOWER = Tower(32, 1280, 3420, 16, (7, 15, 23, 31))
 SHAPES = {
+    "tiny": Shape(1024, 256, 512, 2, 2, 1, tied=True, vision=Tower(2, 64, 128, 4, (1,))),
+    "tiny-text": Shape(1024, 256, 512, 2, 2, 1, tied=False, llama=True),
     "qwen2.5-0.5b": Shape(151936, 896, 4864, 24, 14, 2, tied=True),
-    "qwen2.5-vl-3b": Shape(151936, 2048, 11008, 36, 16, 2, tied=True, vision=True),
-    "qwen2.5-vl-7b": Shape(152064, 3584, 18944, 28, 28, 4, tied=False, vision=True),
+    "qwen2.5-vl-3b": Shape(151936, 2048, 11008, 36, 16, 2, tied=True, vision=TOWER),
+    "qwen2.5-vl-7b": Shape(152064, 3584, 18944, 28, 28, 4, tied=False, vision=TOWER),
     "llama-3-8b": Shape(128256, 4096, 14336, 32, 32, 8, tied=False, llama=True),
 }
 
@@ -71,7 +85,7 @@ def make_model(name: str, device: str | None = None) -> tuple[PreTrainedModel, A
         with torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")):
             model: PreTrainedModel
             if shape.vision:
-                config = _vision_language(sizes, tokenizer, shape)
+                config = _vision_language(sizes, tokenizer, shape, shape.vision)
                 model = Qwen2_5_VLForConditionalGeneration(config)
             elif shape.llama:
                 model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=shape.tied))
@@ -82,18 +96,20 @@ def make_model(name: str, device: str | None = None) -> tuple[PreTrainedModel, A
     return model.eval(), processor if shape.vision else tokenizer
 
 
-def _vision_language(sizes: dict[str, Any], tokenizer: Any, shape: Shape) -> Qwen2_5_VLConfig:
+def _vision_language(
+    sizes: dict[str, Any], tokenizer: Any, shape: Shape, tower: Tower
+) -> Qwen2_5_VLConfig:
     rope = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
     return Qwen2_5_VLConfig(
         text_config={**sizes, "rope_parameters": rope},
         vision_config={
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
+            "depth": tower.depth,
+            "hidden_size": tower.hidden,
+            "intermediate_size": tower.intermediate,
+            "num_heads": tower.heads,
             "out_hidden_size": shape.hidden,
             "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31],
+            "fullatt_block_indexes": list(tower.whole),
         },
         image_token_id=_ident(tokenizer, "<|image_pad|>"),
         video_token_id=_ident(tokenizer, "<|video_pad|>"),
