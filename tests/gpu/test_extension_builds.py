@@ -29,14 +29,39 @@ def job(cache: Path, name: str, *, building: bool, after: str = "''", **changes:
     """Build (or use) an extension in a process of its own; return state, reason and an answer."""
     call = f"build({name!r}, Path(sys.argv[1]))" if building else USE.format(name=name)
     code = JOB.format(function="build" if building else "use", call=call, after=after)
-    done = subprocess.run(
+    return answer(start(code, cache, **changes))
+
+
+def start(code: str, cache: Path, **changes: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, "-c", code, str(cache)],
         env={**os.environ, **changes},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=True,
     )
-    return [part.strip() for part in done.stdout.splitlines()[-1].split("|")]
+
+
+def answer(process: subprocess.Popen[str]) -> list[str]:
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return [part.strip() for part in out.splitlines()[-1].split("|")]
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Extension → a cache of its own with nothing but it, all built at the same time."""
+    caches = {name: tmp_path_factory.mktemp(name) for name in ("fp8", "int", "conv3d")}
+    building = {}
+    for name, cache in caches.items():
+        call = f"build({name!r}, Path(sys.argv[1]))"
+        building[name] = start(JOB.format(function="build", call=call, after="''"), cache)
+    # All of them are waited for before anything is skipped.
+    answers = {name: answer(process) for name, process in building.items()}
+    for name, (state, reason, _) in answers.items():
+        if state == "failed":
+            pytest.skip(f"the extension {name} cannot be built here: {reason}")
+    return caches
 
 
 def mode(format: str) -> str:
@@ -47,20 +72,18 @@ def mode(format: str) -> str:
     ("name", "format"), [("fp8", "FP8_ALL_LAYERS_CFG"), ("int", "INT8_ALL_LAYERS_CFG")]
 )
 def test_built_once_and_then_loaded_without_a_compiler(
-    tmp_path: Path, name: str, format: str
+    fresh: dict[str, Path], name: str, format: str
 ) -> None:
-    state, reason, _ = job(tmp_path, name, building=True)
-    if state == "failed":
-        pytest.skip(f"no extension can be built here: {reason}")
-    (library,) = tmp_path.glob("*/*/*.so")
+    cache = fresh[name]
+    (library,) = cache.glob("*/*/*.so")
     written = library.stat().st_mtime_ns
     nowhere = {"PATH": "/nowhere", "CUDA_HOME": "/nowhere"}
-    assert job(tmp_path, name, building=False, after=mode(format), **nowhere) == [
+    assert job(cache, name, building=False, after=mode(format), **nowhere) == [
         "built",
         "",
         "compiled",
     ]
-    assert job(tmp_path, name, building=True, **nowhere)[0] == "built"
+    assert job(cache, name, building=True, **nowhere)[0] == "built"
     assert library.stat().st_mtime_ns == written
 
 
@@ -75,12 +98,9 @@ def test_without_a_compiler_fp8_is_simulated_and_the_reason_is_kept(tmp_path: Pa
     assert not list(tmp_path.glob("*/*/*.so"))
 
 
-def test_the_kernel_of_3d_convolutions(tmp_path: Path) -> None:
-    state, reason, _ = job(tmp_path, "conv3d", building=True)
-    if state == "failed":
-        pytest.skip(f"no extension can be built here: {reason}")
+def test_the_kernel_of_3d_convolutions(fresh: dict[str, Path]) -> None:
     loaded = job(
-        tmp_path,
+        fresh["conv3d"],
         "conv3d",
         building=False,
         after="__import__('modelopt.torch.kernels.quantization.conv.implicit_gemm_cuda', "
@@ -89,4 +109,4 @@ def test_the_kernel_of_3d_convolutions(tmp_path: Path) -> None:
         CUDA_HOME="/nowhere",
     )
     assert loaded[0] == "built"
-    assert loaded[2].startswith(str(tmp_path))
+    assert loaded[2].startswith(str(fresh["conv3d"]))
