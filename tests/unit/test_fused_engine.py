@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -403,6 +404,74 @@ def test_added_rows_and_columns_change_no_score(features: tuple[int, int], rows:
     torch.testing.assert_close(
         site.scores(site._plan(), x, site._aligned_output(x), g, {}), plain, rtol=1e-4, atol=0
     )
+
+
+class Recorded:
+    """A CUDA graph without CUDA: a replay does once more what was recorded."""
+
+    replays = 0
+    again: Callable[[], Any]
+
+    def replay(self) -> None:
+        Recorded.replays += 1
+        self.again()
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> type[Recorded]:
+    """Let graphs work on the CPU: recordings repeat what was launched."""
+
+    def record(self: Any, run: Callable[[], Any]) -> Any:
+        graph, result = Recorded(), torch.empty_like(run())
+        graph.again = lambda: result.copy_(run())
+        return graph, result
+
+    monkeypatch.setattr(Recorded, "replays", 0)
+    monkeypatch.setattr(graphs.torch.cuda, "device", lambda _: nullcontext())
+    device = graphs._Device
+    monkeypatch.setattr(device, "record", record)
+    monkeypatch.setattr(graphs, "_Device", lambda: device(stream=None, pool=None))
+    return Recorded
+
+
+def test_a_layer_is_launched_then_recorded_then_replayed(no_cuda: type[Recorded]) -> None:
+    """Each batch is scored from its own tensors, whatever was in the scratch before."""
+    runs = [0]
+
+    def body(x: Any, y: Any, g: Any) -> Any:
+        runs[0] += 1
+        return ((y - x.sum()) * g).square().sum().view(1)
+
+    def score(x: Any, g: Any, key: str = "layer") -> tuple[float, int, int]:
+        before = runs[0], no_cuda.replays
+        found = recorded.scores(key, lambda x: x.sum(dim=1, keepdim=True).expand(-1, 8), body, x, g)
+        return found.item(), runs[0] - before[0], no_cuda.replays - before[1]
+
+    recorded = graphs.Graphs()
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(8, 4, generator=generator), torch.randn(8, 8, generator=generator))
+        for _ in range(4)
+    ]
+    steps = []
+    for x, g in batches:
+        found, *how = score(x, g)
+        y = x.sum(dim=1, keepdim=True).expand(-1, 8)
+        assert found == pytest.approx(((y - x.sum()) * g).square().sum().item(), rel=1e-5)
+        steps.append(how)
+    # Launched once; warmed, recorded and replayed; replayed.
+    assert steps == [[1, 0], [2, 1], [1, 1], [1, 1]]
+    assert recorded.held
+    x, g = batches[0]
+    assert score(x, g, "another layer")[1:] == (1, 0)
+    # Of many numbers of rows the first few are recorded.
+    for rows in range(1, 2 * graphs.SHAPES):
+        for _ in range(2):
+            score(x[:1].expand(rows, -1), g[:1].expand(rows, -1), "many")
+    assert score(x[:1].expand(15, -1), g[:1].expand(15, -1), "many")[1:] == (1, 0)
+    recorded.close()
+    assert not recorded.held
+    assert not recorded.on
 
 
 @given(rows=st.integers(1, 10**6))

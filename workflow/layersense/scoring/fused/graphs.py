@@ -25,21 +25,72 @@ Body = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
-class _Record:
-    """A layer's scoring at one number of rows; ``graph`` is missing until the second batch."""
-
-    graph: torch.cuda.CUDAGraph | None = None
-    scores: Tensor | None = None
-
-
-@dataclass
 class _Device:
-    """What the records of one GPU share."""
+    """What the recordings of one GPU share: where graphs find their tensors, stream, memory."""
 
     scratch: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Input and gradient by size, which a graph reads where they were when it was recorded."""
     stream: Any = field(default_factory=torch.cuda.Stream)
     pool: Any = field(default_factory=torch.cuda.graph_pool_handle)
+
+    def fill(self, rows: int, input: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return input and gradient in the scratch, with rows and columns added.
+
+        Rows are copies of the first one, which change no range of values, with a gradient of zero,
+        which adds nothing to a score.
+        """
+        width = aligned(gradient.shape[1])
+        # A power of two, so that all layers together take at most twice what the largest takes.
+        size = 1 << (rows * max(input.shape[1], width) - 1).bit_length()
+        key = (input.dtype, size)
+        if key not in self.scratch:
+            self.scratch[key] = input.new_empty(size), input.new_empty(size)
+        first, second = self.scratch[key]
+        x = first[: rows * input.shape[1]].view(rows, -1)
+        g = second[: rows * width].view(rows, -1)
+        x[: len(input)].copy_(input)
+        if rows > len(input):
+            x[len(input) :].copy_(input[:1].expand(rows - len(input), -1))
+            g[len(input) :].zero_()
+        if width > gradient.shape[1]:
+            g[:, gradient.shape[1] :].zero_()
+        g[: len(input), : gradient.shape[1]].copy_(gradient)
+        return x, g
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Return a graph of what a function launches, and the tensor that a replay writes."""
+        result = torch.empty_like(run())  # once more: all kernels are loaded, none recorded
+        graph = torch.cuda.CUDAGraph()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        # Not `torch.cuda.graph`, which empties the allocator's cache before each of hundreds.
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                result.copy_(run())
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return graph, result
+
+
+class _Recording:
+    """A layer's scoring at one number of rows: first launched, then recorded, then replayed."""
+
+    def __init__(self, device: _Device) -> None:
+        self._device = device
+        self._launched = False
+        self._recorded: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
+
+    def scores(self, run: Callable[[], Tensor]) -> Tensor:
+        """Return the scores that ``run`` computes from the device's scratch, shape (formats,)."""
+        if not self._launched:
+            self._launched = True
+            return run()
+        if self._recorded is None:
+            self._recorded = self._device.record(run)
+        graph, result = self._recorded
+        graph.replay()
+        return result.clone()
 
 
 class Graphs:
@@ -47,7 +98,8 @@ class Graphs:
 
     def __init__(self) -> None:
         self.on = torch.cuda.is_available()
-        self._records: dict[Any, dict[int, _Record]] = {}
+        self._recordings: dict[Any, dict[int, _Recording]] = {}
+        """(key, dtype) → rows → recording."""
         self._devices: dict[torch.device, _Device] = {}
 
     @property
@@ -58,7 +110,7 @@ class Graphs:
     def close(self) -> None:
         """Record nothing any more, and give the memory back."""
         self.on = False
-        self._records, self._devices = {}, {}
+        self._recordings, self._devices = {}, {}
 
     def suits(self, input: Tensor, gradient: Tensor) -> bool:
         """Return whether a layer's scoring can be recorded.
@@ -87,8 +139,7 @@ class Graphs:
     ) -> Tensor:
         """Return the scores of a layer, as ``body`` computes them, shape (formats,).
 
-        Rows are added up to one of few numbers of rows: copies of the first one, which change no
-        range of values, with a gradient of zero, which add nothing to a score.
+        Rows are added up to one of few numbers of rows, which changes no score.
 
         Args:
             key: the layer and the formats.
@@ -100,54 +151,17 @@ class Graphs:
         with torch.cuda.device(input.device):
             device = self._devices.setdefault(input.device, _Device())
             rows = round_up_rows(len(input))
-            x, g = self._fill(device, rows, input, gradient)
-            records = self._records.setdefault((key, input.dtype), {})
-            if rows not in records:
-                if len(records) < SHAPES:
-                    records[rows] = _Record()
+            x, g = device.fill(rows, input, gradient)
+
+            def run() -> Tensor:
                 return body(x, forward(x), g)
-            record = records[rows]
-            if record.graph is None:
-                self._capture(device, record, lambda: body(x, forward(x), g))
-            assert record.graph is not None
-            assert record.scores is not None
-            record.graph.replay()
-            return record.scores.clone()
 
-    def _fill(
-        self, device: _Device, rows: int, input: Tensor, gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        width = aligned(gradient.shape[1])
-        # A power of two, so that all layers together take at most twice what the largest takes.
-        size = 1 << (rows * max(input.shape[1], width) - 1).bit_length()
-        key = (input.dtype, size)
-        if key not in device.scratch:
-            device.scratch[key] = input.new_empty(size), input.new_empty(size)
-        first, second = device.scratch[key]
-        x = first[: rows * input.shape[1]].view(rows, -1)
-        g = second[: rows * width].view(rows, -1)
-        x[: len(input)].copy_(input)
-        if rows > len(input):
-            x[len(input) :].copy_(input[:1].expand(rows - len(input), -1))
-            g[len(input) :].zero_()
-        if width > gradient.shape[1]:
-            g[:, gradient.shape[1] :].zero_()
-        g[: len(input), : gradient.shape[1]].copy_(gradient)
-        return x, g
-
-    def _capture(self, device: _Device, record: _Record, run: Callable[[], Tensor]) -> None:
-        record.scores = torch.empty_like(run())  # once more: all kernels are loaded, none recorded
-        graph = torch.cuda.CUDAGraph()
-        device.stream.wait_stream(torch.cuda.current_stream())
-        # Not `torch.cuda.graph`, which empties the allocator's cache before each of hundreds.
-        with torch.cuda.stream(device.stream):
-            graph.capture_begin(pool=device.pool, capture_error_mode="thread_local")
-            try:
-                record.scores.copy_(run())
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(device.stream)
-        record.graph = graph
+            recordings = self._recordings.setdefault((key, input.dtype), {})
+            if rows not in recordings:
+                if len(recordings) == SHAPES:
+                    return run()
+                recordings[rows] = _Recording(device)
+            return recordings[rows].scores(run)
 
 
 def round_up_rows(rows: int) -> int:
