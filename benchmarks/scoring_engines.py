@@ -267,7 +267,7 @@ class Stepper:
             len(engine.taps.handles), len(engine.taps.recipes), dtype=torch.float64
         )
         self._batches = [
-            engine._micro_batch(4, 4 * index).to(DEVICE, engine.dtype) for index in range(BATCHES)
+            engine.batches.at(4, 4 * index).to(DEVICE, engine.dtype) for index in range(BATCHES)
         ]
 
     def step(self, number: int, batch: int, checkpointing: bool = False) -> float:

@@ -33,7 +33,16 @@ from layersense.models.tasks import get_task  # noqa: E402
 from layersense.models.tasks.protocol import Sampling  # noqa: E402
 from layersense.quantization.formats import known_formats, resolve_format  # noqa: E402
 from layersense.scoring import fused, modelopt_engine  # noqa: E402
-from layersense.scoring.fused import attention, engine, fit, graphs, kernels, taps  # noqa: E402
+from layersense.scoring.fused import (  # noqa: E402
+    attention,
+    check,
+    coupling,
+    engine,
+    fit,
+    graphs,
+    kernels,
+    taps,
+)
 from layersense.scoring.fused.quantizers import Quantizers  # noqa: E402
 from layersense.scoring.measurement import Measurement  # noqa: E402
 from layersense.scoring.scores import Fit, FormatScores  # noqa: E402
@@ -581,26 +590,26 @@ def test_any_allocation_may_fail_and_no_score_changes(
     monkeypatch.setattr(engine.gc, "collect", lambda: 0)  # of all that the tests have imported
     scored = engine._Engine(measurement(), [resolve_format(name, {}) for name in (INT8, FP8)])
     scored.prepare()
-    found = scored._score(scored.scoring)
+    found = scored._score()
     whole = sum(found.batches)
     for recipe, column in scored.taps.column.items():
         expected = totals(reference[scored.quantizers.formats[recipe].name])
         assert whole[:, column].tolist() == pytest.approx(list(expected.values()))
     # Once more, as it is known now which groups to check.
-    failing.count, scored.agreement, scored._checked = 0, None, set()
-    scored._score(scored.scoring)
+    failing.count, scored.check = 0, check.StockCheck(scored.taps)
+    scored._score()
     points = failing.count
     assert points > 300
     for point in range(1, points + 1, 3):  # every third, for the time it takes
         failing.count, failing.point = 0, point
-        scored.agreement, scored._checked = None, set()
-        again = sum(scored._score(scored.scoring).batches)
+        scored.check = check.StockCheck(scored.taps)
+        again = sum(scored._score().batches)
         assert failing.count > points, point  # it failed, and something was done again
         # The toy's sharp softmax loses digits; real architectures are held to 1e-5 above.
         torch.testing.assert_close(again, whole, rtol=1e-4, atol=0)
         assert {what.fit.micro_batch for what in scored.passes} == {2}
-        assert scored.agreement is not None
-        assert set(scored.agreement.groups) == {f"{n}.quant_recipe" for n in by_hand()}
+        assert scored.check.agreement is not None
+        assert set(scored.check.agreement.groups) == {f"{n}.quant_recipe" for n in by_hand()}
 
 
 def test_no_memory_to_find_out_means_that_no_batch_is_split(
@@ -610,7 +619,7 @@ def test_no_memory_to_find_out_means_that_no_batch_is_split(
         raise torch.OutOfMemoryError("injected")
 
     out_of_memory_at(monkeypatch, {1})
-    monkeypatch.setattr(engine._Engine, "_sizes_and_loss", failing)
+    monkeypatch.setattr(coupling.Coupling, "sizes_and_loss", failing)
     entries = run_fused(measurement(), INT8, FP8)
     assert {entry.fit.micro_batch for entry in entries.values()} == {4}
     assert {entry.fit.formats for entry in entries.values()} == {1}
@@ -627,8 +636,8 @@ def test_an_output_without_samples_is_known_by_its_size() -> None:
     one = {"layer": 6, "table": 16, "biases": 9}
     other = {"layer": 10, "table": 16, "biases": 25}
     both = {"layer": 20, "table": 16, "biases": 25}
-    assert fit.without_samples(one, other, both) == ["table", "biases"]
-    assert fit.without_samples(other, one, both) == ["table", "biases"]
+    assert coupling.without_samples(one, other, both) == ["table", "biases"]
+    assert coupling.without_samples(other, one, both) == ["table", "biases"]
 
 
 @pytest.mark.parametrize(
@@ -692,14 +701,14 @@ def test_formats_of_a_later_pass_are_checked_against_stock_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out_of_memory_at(monkeypatch, {1})
-    original = engine._Engine._compare
+    original = check.StockCheck.end
 
-    def wrong_later(self: Any, scores: Any, recipes: Any) -> None:
-        if self._checked:
+    def wrong_later(self: Any, scores: Any) -> None:
+        if self._done:
             scores *= 1.01
-        original(self, scores, recipes)
+        original(self, scores)
 
-    monkeypatch.setattr(engine._Engine, "_compare", wrong_later)
+    monkeypatch.setattr(check.StockCheck, "end", wrong_later)
     with pytest.raises(LayersenseError, match=r"format \w+: the fused engine scores"):
         run_fused(measurement(score_batch_size=1), INT8, FP8)
 

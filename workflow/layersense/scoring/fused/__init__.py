@@ -8,7 +8,11 @@ and the score is ``Σ (g · ΔY)²``, the formula of ModelOpt's ``AutoQuantizeGr
 - :mod:`.taps` records X and Y through autograd, and scores in the backward pass.
 - :mod:`.kernels` computes Σ (g · ΔY)² without intermediate tensors.
 - :mod:`.attention` makes one call of the attention windows that transformers runs one by one.
-- :mod:`.fit` says what to reduce when memory runs out, and what may not be reduced.
+- :mod:`.graphs` replays the scoring of linear layers from CUDA graphs.
+- :mod:`.check` holds the first step of each format against stock.
+- :mod:`.held` tells from shapes what a pass will hold, and :mod:`.fit` what to reduce when memory
+  runs out; :mod:`.coupling` says where a batch may not be split.
+- :mod:`.batches` has the batches of any size.
 - :mod:`.engine` puts them together.
 """
 

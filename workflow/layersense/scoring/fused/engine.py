@@ -2,9 +2,7 @@
 
 import gc
 import logging
-import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,14 +15,15 @@ from layersense.models.devices import check_together
 from layersense.models.tasks.protocol import Batch, Loaded
 from layersense.quantization.formats import Format
 from layersense.scoring.fused.attention import batch_windows
+from layersense.scoring.fused.batches import Aligned, prefetched
+from layersense.scoring.fused.check import StockCheck
+from layersense.scoring.fused.coupling import Coupling, couples_samples
 from layersense.scoring.fused.fit import (
     Pass,
     can_checkpoint,
-    couples_samples,
     first_fit,
     missing_memory,
     smaller,
-    without_samples,
 )
 from layersense.scoring.fused.held import expected_peaks, held_by_running, held_by_shapes
 from layersense.scoring.fused.quantizers import Quantizers
@@ -43,14 +42,10 @@ from layersense.scoring.measurement import (
 )
 from layersense.scoring.progress import Progress
 from layersense.scoring.reach import log_reach
-from layersense.scoring.scores import Agreement, Fit, FormatScores
+from layersense.scoring.scores import Fit, FormatScores
 
 logger = logging.getLogger(__name__)
 
-CHECKED_GROUPS = 3
-"""Groups that the first step also scores as stock does."""
-TOLERANCE = 1e-3
-"""Largest relative difference between the two that is put down to rounding."""
 TIMED_BATCH = 2
 """The batch (from 0) on which the formats' seconds are taken, once everything is warm."""
 
@@ -85,13 +80,9 @@ class _Engine:
         self.measurement, self.formats = measurement, formats
         self.task, self.device = measurement.task, measurement.device
         self.seconds: dict[str, float] = {}
-        self.agreement: Agreement | None = None
-        self._checked: set[int] = set()
-        """Columns of the formats that were compared with stock."""
         self._peaks: tuple[float, float | None] | None = None
         """Expected peaks in bytes, with activations kept and with them recomputed."""
-        self._micro: dict[int, _Aligned] = {}
-        self._splittable: bool | None = None
+        self.batches = Aligned(self._cut)
 
     def prepare(self) -> None:
         """Load the model and calibrate its quantizers: all that comes before the first step."""
@@ -108,22 +99,29 @@ class _Engine:
             calibration = self.task.batches(
                 self.loaded, what.calibration_rows, what.sampling, what.calibration_batch_size
             )
-            self.scoring = self._batches(what.score_batch_size)
+            self.scoring = self.batches.of(what.score_batch_size)
         self.types = {name: type(module).__name__ for name, module in self.model.named_modules()}
         with timed(self.seconds, "insert quantizers"):
             self.quantizers = Quantizers(self.model, self.formats)
             check_together(
                 {name: hparam.quant_modules for name, hparam in self.quantizers.groups.items()}
             )
-        self._log_start(len(calibration), len(self.scoring.batches))
+        self._log_start(len(calibration), len(self.scoring))
         self._calibrate(calibration)
         self.taps = Taps(self.quantizers)
+        self.check = StockCheck(self.taps)
+        self.coupling = Coupling(
+            self.task,
+            self.model,
+            [site.module for site in self.taps.sites],
+            lambda size, start: self.batches.at(size, start).to(self.device, self.dtype),
+        )
 
     def run(self) -> tuple[Inventory, dict[str, FormatScores]]:
         """Measure everything."""
         with collected_warnings() as self.messages:
             self.prepare()
-            scored = self._score(self.scoring)
+            scored = self._score()
         inventory = take_inventory(self.loaded, self.quantizers.groups, self.types, self.task)
         self._log_seconds()
         return inventory, {
@@ -138,7 +136,7 @@ class _Engine:
     def _calibrate(self, batches: Sequence[Batch]) -> None:
         def forward(count: int) -> None:
             progress = Progress("calibrate", total=count, unit="batch", device=self.device)
-            for batch in self._prefetched(batches[:count]):
+            for batch in prefetched(batches[:count]):
                 self.task.forward(self.model, batch.to(self.device, self.dtype))
                 progress.step()
             progress.close()
@@ -157,21 +155,21 @@ class _Engine:
 
     # --- scoring -------------------------------------------------------------------------------
 
-    def _score(self, scoring: "_Aligned") -> _Scored:
-        scored = _Scored()
+    def _score(self) -> _Scored:
+        scored, size = _Scored(), self.measurement.score_batch_size
         self.passes = [self._first_pass()]
         progress = Progress(
             f"score {len(self.formats)} format(s)",
-            total=len(scoring.batches),
+            total=len(self.scoring),
             unit="batch",
             device=self.device,
         )
         with timed(self.seconds, "score"), self.taps.attached():
-            for index, batch in enumerate(self._prefetched(scoring.batches)):
+            for index, batch in enumerate(prefetched(self.scoring)):
                 scored.seen.append(BatchStatistics.of(batch))
-                timed_batch = min(TIMED_BATCH, len(scoring.batches) - 1)
+                timed_batch = min(TIMED_BATCH, len(self.scoring) - 1)
                 self.taps.stopwatch = {} if index == timed_batch else None
-                scored.batches.append(self._score_batch(scoring.start(index), batch))
+                scored.batches.append(self._score_batch(self.batches.start(size, index), batch))
                 if self.taps.stopwatch:
                     self.seconds |= {
                         f"ΔY {name}, one batch": duration
@@ -190,7 +188,7 @@ class _Engine:
             what, done = todo.pop(0)
             while done < batch.n_samples:
                 whole = done == 0 and what.fit.micro_batch >= batch.n_samples
-                micro = batch if whole else self._micro_batch(what.fit.micro_batch, start + done)
+                micro = batch if whole else self.batches.at(what.fit.micro_batch, start + done)
                 failure = self._step(what, micro, total)
                 if failure is None:
                     done += micro.n_samples
@@ -205,24 +203,21 @@ class _Engine:
     def _step(self, what: Pass, batch: Batch, total: Tensor) -> str | None:
         """Add one forward and backward pass to ``total``; return the message if memory ran out."""
         self.taps.activate(what.recipes)
-        unchecked = not self._checked.issuperset(self.taps.columns)
         loss = there = None
         try:
             there = batch.to(self.device, self.dtype)
             with self._checkpointing(what.fit.checkpointing), torch.enable_grad():
                 with timed(self.seconds, "forward"):
                     loss = self.task.loss(self.task.forward(self.model, there), there)
-                if unchecked:
-                    self.taps.checked = {handle: {} for handle in self._to_check()}
+                self.check.begin()
                 if loss.requires_grad:
                     with timed(self.seconds, "backward"):
                         loss.backward()  # type: ignore[no-untyped-call]
             scores = self.taps.take()
-            if unchecked:
-                self._compare(scores, what.recipes)
+            self.check.end(scores)
         except RuntimeError as error:
             message = str(error)
-            self.taps.checked = {}
+            self.check.cancel()
             if _overwrites(message) and not self.taps.copies:
                 logger.info("the model overwrites tensors in place; inputs and outputs are copied")
                 self.taps.copies = True
@@ -251,7 +246,8 @@ class _Engine:
         parts = smaller(
             what,
             coupled=self._coupled(),
-            splittable=min(what.fit.micro_batch, batch.n_samples) > 1 and self._is_splittable(),
+            splittable=min(what.fit.micro_batch, batch.n_samples) > 1
+            and self.coupling.is_splittable(),
             checkpointable=can_checkpoint(self.model),
         )
         if not parts:
@@ -309,7 +305,7 @@ class _Engine:
             kept=kept + more,
             recomputed=None if recomputed is None else recomputed + more,
             usable=usable,
-            splittable=lambda: not self._coupled() and self._is_splittable(),
+            splittable=lambda: not self._coupled() and self.coupling.is_splittable(),
         )
         if found.checkpointing:
             logger.info(
@@ -325,128 +321,9 @@ class _Engine:
     def _coupled(self) -> list[QuantRecipe]:
         return [r for r, format in self.quantizers.formats.items() if couples_samples(format)]
 
-    def _is_splittable(self) -> bool:
-        """Return whether a batch may be split: its loss is the sum of its samples' losses.
-
-        A loss that couples samples (an auxiliary loss of a mixture of experts, a normalisation by
-        the batch) differs, and an output without the samples in it (a table of position biases)
-        has the same size for one sample as for two.
-        """
-        if self._splittable is None:
-            reason = self._why_not_split()
-            self._splittable = not reason
-            if reason:
-                logger.warning("the batch is not split, because %s", reason)
-        return self._splittable
-
-    def _why_not_split(self) -> str:
-        try:
-            one, other = self._sizes_and_loss(0, 1), self._sizes_and_loss(1, 1)
-            both = self._sizes_and_loss(0, 2)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return "there is no memory to find out whether its loss is a sum over samples"
-        if fixed := without_samples(one[0], other[0], both[0]):
-            return f"the output of {fixed[0]} has no samples in it"
-        slack = 1e-4 if self.dtype == torch.float32 else 2e-2
-        if not abs(one[1] + other[1] - both[1]) <= slack * abs(both[1]):
-            return "its loss is not the sum of its samples' losses"
-        return ""
-
-    def _sizes_and_loss(self, start: int, count: int) -> tuple[dict[str, int], float]:
-        batch = self._micro_batch(count, start).to(self.device, self.dtype)
-        sizes: dict[str, int] = {}
-        names = {module: name for name, module in self.model.named_modules()}
-        handles = [
-            site.module.register_forward_hook(
-                lambda module, _, output: sizes.__setitem__(
-                    names[module], (output[0] if isinstance(output, tuple) else output).numel()
-                )
-            )
-            for site in self.taps.sites
-        ]
-        try:
-            with torch.no_grad():
-                loss = self.task.loss(self.task.forward(self.model, batch), batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return sizes, float(loss)
-
-    # --- the check against stock ---------------------------------------------------------------
-
-    def _to_check(self) -> list[str]:
-        """Return some groups of the forward pass, evenly spread over the model.
-
-        Before the first step nothing is known but which groups were called; those that no gradient
-        reached are left to the next step, which takes others instead.
-        """
-        called = [handle for handle in self.taps.handles if handle in self.taps.called]
-        pool = self._reached() or called
-        count = min(CHECKED_GROUPS, len(pool))
-        return [pool[(2 * index + 1) * len(pool) // (2 * count)] for index in range(count)]
-
-    def _reached(self) -> list[str]:
-        return [handle for handle in self.taps.handles if self.taps.reached(handle) == "scored"]
-
-    def _compare(self, scores: Tensor, recipes: Sequence[QuantRecipe]) -> None:
-        """Hold the formats of a pass against what stock gives, and note how far they agree.
-
-        Raises:
-            LayersenseError: they do not.
-        """
-        before = self.agreement or Agreement(groups=[], largest_difference=0.0)
-        largest, groups = before.largest_difference, list(before.groups)
-        for handle, found in self.taps.checked.items():
-            if not found:
-                continue
-            if handle not in groups:
-                groups.append(handle)
-            row = scores[self.taps.handles.index(handle)]
-            for recipe in recipes:
-                ours = float(row[self.taps.column[recipe]])
-                stock = sum(score.double().item() for score in found[recipe])
-                if ours == stock or (math.isnan(ours) and math.isnan(stock)):
-                    continue
-                difference = abs(ours - stock) / max(abs(ours), abs(stock))
-                largest = max(largest, difference)
-                if not difference <= TOLERANCE:
-                    raise LayersenseError(
-                        f"{handle.removesuffix('.quant_recipe')}, format "
-                        f"{self.quantizers.formats[recipe].name}: the fused engine scores {ours:g} "
-                        f"where ModelOpt's own forward gives {stock:g}; set `engine: modelopt` of "
-                        "the run, and report this model"
-                    )
-        compared = sum(bool(found) for found in self.taps.checked.values())
-        if compared >= min(CHECKED_GROUPS, len(self._reached())):
-            self._checked.update(self.taps.columns)
-        self.taps.checked = {}
-        self.agreement = Agreement(groups=groups, largest_difference=float(f"{largest:.2g}"))
-
-    # --- batches -------------------------------------------------------------------------------
-
-    def _batches(self, size: int) -> "_Aligned":
-        if size not in self._micro:
-            what = self.measurement
-            self._micro[size] = _Aligned(
-                self.task.batches(self.loaded, what.score_rows, what.sampling, size)
-            )
-        return self._micro[size]
-
-    def _micro_batch(self, size: int, start: int) -> Batch:
-        return self._batches(size).at(start)
-
-    def _prefetched(self, batches: Sequence[Batch]) -> Iterator[Batch]:
-        """Yield batches; the next one is put together while one is in use."""
-        with ThreadPoolExecutor(max_workers=1) as worker:
-            ahead = worker.submit(batches.__getitem__, 0) if len(batches) else None
-            for index in range(len(batches)):
-                assert ahead is not None
-                batch = ahead.result()
-                if index + 1 < len(batches):
-                    ahead = worker.submit(batches.__getitem__, index + 1)
-                yield batch
+    def _cut(self, size: int) -> Sequence[Batch]:
+        what = self.measurement
+        return self.task.batches(self.loaded, what.score_rows, what.sampling, size)
 
     @contextmanager
     def _checkpointing(self, on: bool) -> Iterator[None]:
@@ -482,7 +359,7 @@ class _Engine:
                 for handle, hparam in self.quantizers.groups.items()
             },
             fit=what.fit,
-            agreement=self.agreement,
+            agreement=self.check.agreement,
             back_offs=what.back_offs,
             warnings=[*self.loaded.warnings, *self.messages],
             seconds={
@@ -509,7 +386,7 @@ class _Engine:
 
     def _expected_peaks(self) -> tuple[float, float | None] | None:
         """Return the expected peaks in bytes; None if even a forward pass does not fit."""
-        groups, batch = self.quantizers.groups, self.scoring.batches[0]
+        groups, batch = self.quantizers.groups, self.scoring[0]
         config = getattr(self.model, "config", None)
         held = held_by_shapes(groups, self.task.describe, batch, config)
         if held is None:
@@ -529,32 +406,6 @@ class _Engine:
             "where the time went: %s",
             ", ".join(f"{phase} {duration:.2f} s" for phase, duration in self.seconds.items()),
         )
-
-
-class _Aligned:
-    """Batches that are found by their first sample.
-
-    Batches of a divisor of a size begin where those of the size begin, because both cut the same
-    samples in the same order.
-    """
-
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self.batches = batches
-        self._starts = [0]
-
-    def start(self, index: int) -> int:
-        """Return the first sample of a batch."""
-        while len(self._starts) <= index:
-            self._starts.append(self._starts[-1] + self.batches[len(self._starts) - 1].n_samples)
-        return self._starts[index]
-
-    def at(self, sample: int) -> Batch:
-        """Return the batch that begins with a sample."""
-        index = 0
-        while self.start(index) < sample:
-            index += 1
-        assert self.start(index) == sample
-        return self.batches[index]
 
 
 def _overwrites(message: str) -> bool:

@@ -1,16 +1,13 @@
-"""What to reduce when memory runs out, in which order, and what may not be reduced."""
+"""What to reduce when memory runs out, and in which order."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import nn
 
-from layersense.quantization.formats import Format
-from layersense.scoring.fused.quantizers import has_static_blocks
 from layersense.scoring.scores import Fit
 
 HELD_FACTOR = 1.75
@@ -143,38 +140,6 @@ def first_fit(
             break
         size = _half(size)
     return msgspec.structs.replace(fit, micro_batch=size)
-
-
-def without_samples(
-    one: Mapping[str, int], other: Mapping[str, int], both: Mapping[str, int]
-) -> list[str]:
-    """Return the modules whose output has no samples in it, such as a table of position biases.
-
-    The output of two samples together is no larger than that of one of them.
-
-    Args:
-        one: module → elements of its output for a sample.
-        other: the same for another sample, which may be longer or shorter.
-        both: the same for both in one batch, padded to the longer one.
-    """
-    return [
-        name for name, size in both.items() if size <= max(one.get(name, 0), other.get(name, 0))
-    ]
-
-
-def couples_samples(format: Format) -> bool:
-    """Return whether a format's activation ranges belong to the whole batch.
-
-    One range for it that is taken from it (dynamic, or never calibrated) depends on all of its
-    samples, so a score depends on how the batch was split; ranges of blocks that were calibrated
-    fit the calibrated shape alone.
-    """
-
-    def from_the_batch(stage: Mapping[str, Any]) -> bool:
-        dynamic = stage.get("type") == "dynamic" or format.algorithm is None
-        return dynamic and stage.get("axis") is None and not stage.get("block_sizes")
-
-    return has_static_blocks(format) or any(from_the_batch(stage) for stage in format.input)
 
 
 def can_checkpoint(model: nn.Module) -> bool:
