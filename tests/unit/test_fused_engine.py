@@ -325,6 +325,19 @@ def test_scores_do_not_depend_on_the_scoring_batch(tiny: Measurement) -> None:
             assert totals(parts[name]) == pytest.approx(totals(whole[name]), rel=1e-5)
 
 
+def test_a_tower_that_no_text_reaches_stays_at_zero_and_says_so(tiny: Measurement) -> None:
+    if tiny.task.name == "causal-lm":
+        pytest.skip("has no tower")
+    entries = run_fused(replace(tiny, sampling=Sampling(max_length=64, modality="text")), INT8, FP8)
+    for entry in entries.values():
+        by_reach: dict[str, list[float]] = {"scored": [], "not_called": []}
+        for handle, group in entry.groups.items():
+            assert (group.reached == "not_called") == ("visual" in handle)
+            by_reach[group.reached] += [score or 0.0 for score in group.batch_scores]
+        assert set(by_reach["not_called"]) == {0.0}
+        assert min(by_reach["scored"]) > 0
+
+
 def test_windows_in_batches_attend_as_one_by_one() -> None:
     torch.manual_seed(0)
     lengths = [4, 7, 4, 4, 2, 7]

@@ -205,13 +205,15 @@ def test_kl_div_goes_on_where_a_killed_job_stopped(
             assert entries[name].batches == entry.batches
 
 
-def test_kl_div_counts_passes(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_what_is_measured_and_counts_passes(caplog: pytest.LogCaptureFixture) -> None:
     """A batch takes half an hour where a model is large; a line after two of them comes late."""
     caplog.set_level("INFO")
     run(measurement(method="kl_div"), INT8, FP8)
-    told = [text for text in caplog.messages if text.startswith("score: ")]
-    assert [text.partition(",")[0] for text in told] == ["score: 2 of 22", "score: 22 of 22"]
+    told = [text for text in caplog.messages if text.startswith("score 2 format(s): ")]
+    assert [text.partition(": ")[2].partition(",")[0] for text in told] == ["2 of 22", "22 of 22"]
     assert "s/pass" in told[0]
+    work = f"5 layer groups of 5 modules, 2 formats (20 quantizers): {INT8}, {FP8}"
+    assert caplog.messages.count(work) == 1
 
 
 @pytest.mark.parametrize(

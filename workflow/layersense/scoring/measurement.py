@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from modelopt.torch.opt.utils import named_hparams
 from modelopt.torch.quantization.algorithms import QuantRecipeHparam
 from torch import nn
 
@@ -139,6 +140,15 @@ def sampling_of(settings: Mapping[str, Any]) -> Sampling:
         prompt=sampling.get("prompt", ""),
         seed=sampling["seed"],
     )
+
+
+def layer_groups(model: nn.Module) -> dict[str, QuantRecipeHparam]:
+    """Return handle → layer group, of a model that ModelOpt's quantizers were put into."""
+    return {
+        handle: hparam
+        for handle, hparam in named_hparams(model, unique=True)
+        if isinstance(hparam, QuantRecipeHparam) and hparam.is_configurable
+    }
 
 
 def describe_work(groups: Collection[QuantRecipeHparam], formats: Sequence[str]) -> str:

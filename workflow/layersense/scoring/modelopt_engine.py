@@ -34,8 +34,10 @@ from layersense.scoring.measurement import (
     Measurement,
     Result,
     collected_warnings,
+    describe_work,
     floating_dtype,
     format_scores,
+    layer_groups,
     load,
     timed,
 )
@@ -216,6 +218,8 @@ class _Steps:
         self.seconds["calibrate"] = self.seconds["score"] = 0.0
         self.progress: Progress | None = None
         self._started = time.perf_counter()
+        self._described = False
+        """Whether the log says what is measured, which stock has put together by its first pass."""
         self._batch: Batch | None = None
         self._index = -1
         self._call = f"{', '.join(recipes)}; batches of {scoring[0].n_samples}"
@@ -246,6 +250,10 @@ class _Steps:
         Stock scores ``kl_div`` in inference mode and calibrates outside of it.
         """
         if not torch.is_inference_mode_enabled():
+            if not self._described:
+                self._described = True
+                work = describe_work(layer_groups(model).values(), list(self.recorder.recipes))
+                logger.info("%s", work)
             batch = self._to_device(self.calibration[index])
             self.measurement.task.forward(model, batch)
             return None
@@ -325,7 +333,7 @@ class _Steps:
             # A batch of `kl_div` may take half an hour: its passes are counted.
             by_pass = self.measurement.method == "kl_div"
             self.progress = Progress(
-                "score",
+                f"score {len(self.recorder.recipes)} format(s)",
                 total=self._passes_left() if by_pass else len(self.scoring),
                 unit="pass" if by_pass else "batch",
                 device=self.measurement.device,

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from modelopt.torch.opt.utils import named_hparams
 from modelopt.torch.quantization.algorithms import QuantRecipe, QuantRecipeHparam
 from torch import nn
 
 from layersense.errors import LayersenseError
 from layersense.scoring.in_progress import Completed
+from layersense.scoring.measurement import layer_groups
 from layersense.scoring.scores import Reached
 
 
@@ -42,9 +42,7 @@ class Recorder:
 
     def attach(self, model: nn.Module) -> None:
         """Find the layer groups that ``auto_quantize`` has made and hook their modules."""
-        for handle, hparam in named_hparams(model, unique=True):
-            if isinstance(hparam, QuantRecipeHparam) and hparam.is_configurable:
-                self.hparams[handle] = hparam
+        self.hparams = layer_groups(model)
         for handle, hparam in self.hparams.items():
             self._called[handle] = False
             for scores in self.batch_scores.values():

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import torch
 from modelopt.torch.opt import apply_mode
 from modelopt.torch.opt.conversion import ModeloptStateManager
-from modelopt.torch.opt.utils import named_hparams
 from modelopt.torch.quantization import model_calib
 from modelopt.torch.quantization._auto_quantize_cost import (
     COST_MODEL_WEIGHT,
@@ -16,7 +15,6 @@ from modelopt.torch.quantization._auto_quantize_cost import (
 from modelopt.torch.quantization.algorithms import (
     AutoQuantizeGradientSearcher,
     QuantRecipe,
-    QuantRecipeHparam,
 )
 from modelopt.torch.quantization.calib import MaxCalibrator
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
@@ -29,7 +27,7 @@ from torch import Tensor, nn
 from layersense.errors import LayersenseError
 from layersense.quantization.formats import Format
 from layersense.quantization.modelopt_formats import modelopt_config
-from layersense.scoring.measurement import timed
+from layersense.scoring.measurement import layer_groups, timed
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +60,7 @@ class Quantizers:
         searcher.config = {"cost": {}}
         searcher._cost_model = get_auto_quantize_cost_model(COST_MODEL_WEIGHT)
         searcher.insert_hparams_after_merge_rules(model, sorted(self.formats))
-        self.groups: dict[str, QuantRecipeHparam] = {
-            handle: hparam
-            for handle, hparam in named_hparams(model, unique=True)
-            if isinstance(hparam, QuantRecipeHparam) and hparam.is_configurable
-        }
+        self.groups = layer_groups(model)
         self.activate(UNQUANTIZED)
 
     def activate(self, recipe: QuantRecipe) -> None:
