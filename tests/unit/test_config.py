@@ -109,6 +109,13 @@ def test_a_valid_config_is_accepted_with_its_defaults() -> None:
          "calibration rows that the run uses, found `91`"),
         ("runs/demo.a/heldout_samples", 11, 'runs."demo.a".heldout_samples: expected at most 10, '
          "its dataset's `heldout`, found `11`"),
+        ("runs/llm.a/verify", {"captions": True}, 'runs."llm.a".verify.captions: lets a '
+         "vision-language model write captions of photographs, which `task: causal-lm` does not; "
+         "leave it out"),
+        ("runs/demo.a", {"model": "demo", "dataset": "texts", "schemes": ["fp8"],
+                         "modality": "text", "verify": {"captions": True}},
+         'runs."demo.a".verify.captions: lets a vision-language model write captions of '
+         "photographs, which texts alone are not; leave it out"),
         ("schemes/fp8/coverage_fraction", 0.5, "schemes.fp8.coverage_fraction: expected 1.0 or "
          "nothing under `coverage_mode: full`; set `coverage_mode: fraction` to limit the share, "
          "found `0.5`"),

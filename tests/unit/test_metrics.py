@@ -75,7 +75,7 @@ def test_each_task_says_what_it_is_judged_by():
             "semantic-segmentation", "object-detection",
         )
     }  # fmt: skip
-    assert {name: [one.name for one in metrics] for name, metrics in found.items()} == {
+    assert {task: [one.name for one in given] for task, (given, _) in found.items()} == {
         "causal-lm": ["token accuracy"],
         "image-text-to-text": ["token accuracy"],
         "seq2seq-lm": ["token accuracy"],
@@ -85,8 +85,12 @@ def test_each_task_says_what_it_is_judged_by():
     }
     # A checkpoint whose processor does not sort out what it found.
     nothing = SimpleNamespace(processor=SimpleNamespace(find=None))
-    assert metrics_of(get_task("object-detection"), nothing) == []
-    assert metrics_of(SimpleNamespace(name="mine"), None) == []
+    assert metrics_of(get_task("object-detection"), nothing) == ([], [])
+    # What the model writes is judged by itself.
+    assert {task: [one.name for one in written] for task, (_, written) in found.items()} == {
+        **{task: [] for task in found}, "image-text-to-text": ["CIDEr-D"],
+    }  # fmt: skip
+    assert metrics_of(SimpleNamespace(name="mine"), None) == ([], [])
     wrong = SimpleNamespace(name="mine", metrics=lambda loaded: [SimpleNamespace(name="x")])
     with pytest.raises(LayersenseError, match="lacks unit, higher_is_better, records, values"):
         metrics_of(wrong, None)

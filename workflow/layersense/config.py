@@ -302,6 +302,10 @@ class Verify(Section):
     """Random recipes within 0.05 bits of each scheme's choice, to compare with."""
     refine: int = Field(0, ge=0)
     """Recipes to measure for each scheme in search of a better one at its bits, by swaps."""
+    captions: bool = False
+    """Let every whole recipe write a caption of each held-out photograph, and compare them with
+    those of people (CIDEr-D). Takes up to 32 passes of the model for each; for vision-language
+    models."""
 
 
 class Run(Section):

@@ -633,6 +633,20 @@ class _Checker:
                 f"needs held-out rows; set `heldout` of dataset `{run['dataset']}`, or leave "
                 "`verify` out",
             )
+        if (run["verify"] or {}).get("captions"):
+            model = self.part("models", run.get("model"))
+            demo = model.get("source") == "demo"
+            task = "image-text-to-text" if demo else model.get("task")
+            texts = run.get("modality") == "text" or dataset.get("source") == "text"
+            if isinstance(task, str) and (
+                (task in TASK_MODALITIES and task != "image-text-to-text") or texts
+            ):
+                self.add(
+                    (*path, "verify", "captions"),
+                    "lets a vision-language model write captions of photographs, which "
+                    f"{'texts alone are not' if texts else f'`task: {task}` does not'}; leave it "
+                    "out",
+                )
 
     def _check_export(self, path: Path_, run: Part) -> None:
         schemes = run.get("schemes", ())

@@ -1,7 +1,7 @@
 """The calibration database: its schema, and how everything else reads it."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,6 +163,18 @@ class Database:
             ).fetchall()
         plain = [Row(None if name is None else self._root / name, *rest) for name, *rest in found]
         return self._with_objects(plain) if unit == "image" else plain
+
+    def texts(self, images: Sequence[int]) -> list[tuple[str, ...]]:
+        """Return all texts of each image, in the order of the source's ids."""
+        found: dict[int, list[str]] = {image: [] for image in images}
+        with self._readable():
+            for image_id, text in self._connection.execute(
+                "SELECT image_id, caption FROM captions WHERE image_id IS NOT NULL "
+                "ORDER BY caption_id"
+            ):
+                if image_id in found:
+                    found[image_id].append(text)
+        return [tuple(found[image]) for image in images]
 
     def _with_objects(self, rows: list[Row]) -> list[Row]:
         """Return rows of images with what each shows, in the order of the source's ids."""

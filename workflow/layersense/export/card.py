@@ -150,7 +150,8 @@ def _told(metric: dict[str, Any]) -> str:
 
     text = f"{metric['name']} {_metric(metric['value'], unit)}"
     if metric["low"] is not None:
-        text += f" (95 %: {_metric(metric['low'], unit)} to {_metric(metric['high'], unit)})"
+        ends = (_metric(metric[end], unit if unit == "share" else "") for end in ("low", "high"))
+        text += f" (95 %: {' to '.join(ends)})"
     if metric["difference"] is not None:
         text += f", {change(metric['difference'])}{' points' if unit == 'share' else ''}"
         if metric["difference_low"] is not None:

@@ -80,7 +80,7 @@ class Heldout:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.task, self.metrics = task, metrics_of(task, loaded)
+        self.task, (self.metrics, _) = task, metrics_of(task, loaded)
         self.batches = [batch.to(device, dtype) for batch in batches]
         self.called: set[str] = set()
         hooks = [

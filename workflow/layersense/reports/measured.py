@@ -11,11 +11,11 @@ from layersense.manifests.schema import Finding
 from layersense.reports.result import read_table
 from layersense.reports.text import number, percent, plain
 from layersense.verification.analysis import Correlation, Duel, Summary, Verdict
+from layersense.verification.plan import UNNAMED
 from layersense.verification.table import read_summary
 
 Rows = list[dict[str, Any]]
-UNNAMED = ("random", "rival")
-"""Roles of recipes that are there to compare with, and not by themselves."""
+Show = Callable[[float | None], str]
 
 
 @dataclass(frozen=True)
@@ -38,51 +38,49 @@ class ShownMetric:
         """Heading of the difference, in percentage points for a share."""
         return "Change, points" if self.unit == "share" else "Change"
 
-    @property
-    def better(self) -> str:
-        """In which direction it is better."""
-        return (
-            f"more {self.name} is better"
-            if self.higher_is_better
-            else (f"less {self.name} is better")
-        )
-
     def value(self, row: dict[str, Any]) -> str:
         """Return a row's value with its interval, a share as percent; ``–`` where it has none."""
         one = self._of(row)
-        show = percent if self.unit == "share" else number
-        return _with_interval(one["value"], one["low"], one["high"], show) if one else "–"
+        show, ends = (percent, _percentage) if self.unit == "share" else (number, number)
+        return _with_interval(one["value"], one["low"], one["high"], show, ends) if one else "–"
 
     def difference(self, row: dict[str, Any]) -> str:
         """Return a row's difference to the unquantized model's value, with its interval."""
         one = self._of(row)
         show = _points if self.unit == "share" else _signed
         ends = (one["difference"], one["difference_low"], one["difference_high"]) if one else None
-        return _with_interval(*ends, show) if ends else "–"
+        return _with_interval(*ends, show, show) if ends else "–"
 
     def _of(self, row: dict[str, Any]) -> dict[str, Any] | None:
         return next((one for one in row["metrics"] or () if one["name"] == self.name), None)
 
 
 def _with_interval(
-    value: float | None, low: float | None, high: float | None, show: Callable[[float | None], str]
+    value: float | None, low: float | None, high: float | None, show: Show, ends: Show
 ) -> str:
-    if low is None or high is None:
+    """Return a value, and the ends of its interval where that has a width."""
+    if low is None or high is None or value == low == high:
         return show(value)
-    return f"{show(value)} ({show(low)} to {show(high)})"
+    return f"{show(value)} ({ends(low)} to {ends(high)})"
+
+
+def _percentage(value: float | None) -> str:
+    """Return a share in percent, without the sign."""
+    return "–" if value is None else f"{value * 100:.1f}"
 
 
 def _points(value: float | None) -> str:
-    """Return a difference of shares in percentage points, signed."""
-    return "–" if value is None else _signless_zero(f"{value * 100:+.1f}")
+    """Return a difference of shares in percentage points, with its sign."""
+    return "–" if value is None else _sign(round(value, 3)) + f"{abs(value) * 100:.1f}"
 
 
 def _signed(value: float | None) -> str:
-    return "–" if value is None else _signless_zero(f"{value:+.3f}")
+    """Return a difference with its sign."""
+    return "–" if value is None else _sign(value) + number(abs(value))
 
 
-def _signless_zero(text: str) -> str:
-    return text.lstrip("+-") if not text.strip("+-0.") else text.replace("-", "\N{MINUS SIGN}")
+def _sign(value: float) -> str:
+    return "+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else ""
 
 
 @dataclass(frozen=True)
@@ -124,12 +122,13 @@ class Measured:
     @property
     def metrics_note(self) -> str:
         """How to read the metrics and their intervals."""
-        better = "; ".join(dict.fromkeys(metric.better for metric in self.metrics))
+        less = [metric.name for metric in self.metrics if not metric.higher_is_better]
+        better = f"more is better, but of {' and '.join(less)} less" if less else "more is better"
         drawn = "samples" if self.summary.photographs is None else "photographs"
         return (
-            f"On the same rows, in brackets the 95 % interval by bootstrap over {drawn}: {better}. "
-            "Change is against the unquantized model on the same resamples, so that it is told "
-            "more sharply than by the two intervals of the values."
+            f"On the same rows, with 95 % intervals by bootstrap over {drawn}; {better}. Change is "
+            "against the unquantized model in the same resamples, which tells more than the two "
+            "intervals of the values."
         )
 
     @property

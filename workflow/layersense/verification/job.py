@@ -20,11 +20,12 @@ from layersense.quantization.kv_cache import KV_CACHES
 from layersense.recipes.quant_config import make_cache
 from layersense.scoring.in_progress import InProgress
 from layersense.scoring.job import extensions_here, leased, only_job
-from layersense.verification.plan import Plan, Whole, make_plan, whole_digest
+from layersense.verification.plan import UNNAMED, Plan, Whole, make_plan, whole_digest
 from layersense.verification.refine import search
 from layersense.verification.store import (
     METRICS_VERSION,
     Completed,
+    Damage,
     MeasuredRecipe,
     Single,
     Verification,
@@ -86,7 +87,7 @@ def verify_run(
         )
         options = config.Verify.model_validate(settings["verify"])
         plan = make_plan(manifests, options)
-        wanted = Wanted(plan, manifests, context)
+        wanted = Wanted(plan, manifests, context, captions=options.captions)
         rounds = out.with_name(f".{out.name}.rounds")
         held, interrupted = _held(out, context), _held(rounds, context)
         if interrupted is not None:
@@ -131,8 +132,19 @@ def verify_run(
 class Wanted:
     """What a run should have in its file, by digest."""
 
-    def __init__(self, plan: Plan, manifests: Sequence[Manifest], context: str) -> None:
-        self.context = context
+    def __init__(
+        self,
+        plan: Plan,
+        manifests: Sequence[Manifest],
+        context: str,
+        *,
+        captions: bool = False,
+    ) -> None:
+        self.context, self._captions = context, captions
+        self.captioned: set[str] = set()
+        """Recipes that write captions: those that reports show by name."""
+        if captions:
+            self.captioned = {one.digest for one in plan.recipes if one.role not in UNNAMED}
         self.formats: dict[str, Format] = {
             name: format_from_settings(name, entry.settings["format"])
             for manifest in manifests
@@ -187,6 +199,7 @@ class Wanted:
             [
                 [self.single_digest(format, handle) for format, handle in singles],
                 {digest: self.recipe_digest(whole) for digest, whole in recipes.items()},
+                *([sorted(self.captioned & recipes.keys())] if self._captions else ()),
             ]
         )
 
@@ -208,8 +221,14 @@ class Wanted:
             if held is None
             or digest not in held.recipes
             or held.recipes[digest].damage.digest != self.recipe_digest(whole)
-            or held.recipes[digest].damage.metrics_version != METRICS_VERSION
+            or self._lacks(held.recipes[digest].damage, digest)
         }
+
+    def _lacks(self, damage: Damage, digest: str) -> bool:
+        """Return whether a recipe is not judged by all that it should be."""
+        return damage.metrics_version != METRICS_VERSION or (
+            digest in self.captioned and not damage.captions
+        )
 
     def current_recipes(self, held: Verification) -> dict[str, MeasuredRecipe]:
         """Return what is held of recipes, without what was measured of formats since edited."""
@@ -228,7 +247,17 @@ class Wanted:
         wanted = {}
         for manifest in manifests:
             kv_cache = manifest.scheme.kv_cache
-            for recipe in search(manifest, found, plan.singles, swaps).wanted:
+            state = search(manifest, found, plan.singles, swaps)
+            recipes = state.wanted
+            if self._captions:  # what the search finds is shown by name, and its steps are not
+                found_so_far = (state.solved, None if recipes else state.refined)
+                ends = [one for one in found_so_far if one is not None]
+                self.captioned |= {whole_digest(one, kv_cache) for one in ends}
+                recipes = recipes or [
+                    one for one in ends
+                    if not held.recipes[whole_digest(one, kv_cache)].damage.captions
+                ]  # fmt: skip
+            for recipe in recipes:
                 quantized = {handle: name for handle, name in recipe.items() if name != NONE}
                 wanted[whole_digest(recipe, kv_cache)] = Whole(quantized, kv_cache)
         return wanted
@@ -251,11 +280,21 @@ def _join(held: Verification, found: Verification) -> Verification:
     for format, entries in found.singles.items():
         held.singles.setdefault(format, {}).update(entries)
     held.recipes.update(found.recipes)
-    held.before.metrics = found.before.metrics
+    told = {metric.name: metric for metric in (*held.before.metrics, *found.before.metrics)}
+    held.before.metrics = list(told.values())
     held.before.photographs = found.before.photographs
     held.seconds, held.peak_memory_bytes = found.seconds, found.peak_memory_bytes
     held.environment, held.exact_reuse = found.environment, found.exact_reuse
     return held
+
+
+def one_of_each_photograph(rows: Sequence[Row]) -> list[Row]:
+    """Return the first row of each photograph; none of rows without one."""
+    first: dict[int, Row] = {}
+    for row in rows:
+        if row.image_id is not None:
+            first.setdefault(row.image_id, row)
+    return list(first.values())
 
 
 def photographs_of(rows: Sequence[Row]) -> list[int] | None:
@@ -301,7 +340,9 @@ class _Bench:
         )
         self._count("calibrate", start)
         start = time.monotonic()
-        before, alone, whole = self._measurer.measure(singles, recipes, in_progress)
+        before, alone, whole = self._measurer.measure(
+            singles, recipes, in_progress, self._wanted.captioned & recipes.keys()
+        )
         self._count("measure", start)
         photographs = photographs_of(self._rows)
         if photographs and len(photographs) == len(before.positions):
@@ -369,7 +410,7 @@ def _bench(
         from layersense.models.tasks import get_task
         from layersense.models.tasks.metrics import metrics_of
         from layersense.scoring.measurement import sampling_of
-        from layersense.verification.measure import Measurer
+        from layersense.verification.measure import Album, Measurer
         from layersense.verification.replay import Switchboard, calibration_of
 
         seconds = {"import": time.monotonic() - start}
@@ -387,6 +428,8 @@ def _bench(
                 unit, "calibration", limit=settings["sampling"]["calibration_samples"]
             )
             heldout_rows = database.rows(unit, "heldout", limit=settings["heldout_samples"])
+            shown = one_of_each_photograph(heldout_rows) if wanted.captioned else []
+            references = database.texts([row.image_id or 0 for row in shown])
         if not heldout_rows:
             raise LayersenseError(
                 f"{database_file}: holds no held-out {unit} to verify on; set `heldout` of the "
@@ -396,6 +439,22 @@ def _bench(
         heldout = task.batches(
             loaded, heldout_rows, sampling_of(settings), settings["sampling"]["batch_size"]
         )
+        metrics, written = metrics_of(task, loaded)
+        album = None
+        if wanted.captioned:
+            if not written or not shown:
+                lack = "held-out photographs" if written else "metric of what a model writes"
+                raise LayersenseError(
+                    f"{checkpoint.id}: there is no {lack} (task {checkpoint.task}, {database_file})"
+                    "; leave `captions` of `verify` out"
+                )
+            album = Album(
+                written,
+                task.batches(
+                    loaded, shown, sampling_of(settings), settings["sampling"]["batch_size"]
+                ),
+                references,
+            )
         board = Switchboard.of(loaded.model, wanted.modules)
         measurer = Measurer(
             board,
@@ -403,8 +462,9 @@ def _bench(
             heldout,
             device,
             calibration.dtype,
-            metrics=metrics_of(task, loaded),
+            metrics=metrics,
             photographs=photographs_of(heldout_rows),
+            album=album,
         )
         seconds["load"] = time.monotonic() - start
         yield _Bench(settings, wanted, calibration, board, measurer, heldout_rows, cache, seconds)

@@ -11,7 +11,7 @@ from layersense.verification.analysis import HIGH, LOW, Floats, resamples
 from layersense.verification.store import TaskMetric
 
 if TYPE_CHECKING:
-    from layersense.models.tasks.protocol import Metric
+    from layersense.models.tasks.protocol import Metric, WrittenMetric
 
 
 class Judge:
@@ -25,7 +25,10 @@ class Judge:
     """
 
     def __init__(
-        self, metric: Metric, before: Sequence[Any], photographs: Sequence[int] | None = None
+        self,
+        metric: Metric | WrittenMetric,
+        before: Sequence[Any],
+        photographs: Sequence[int] | None = None,
     ) -> None:
         if photographs is None or len(photographs) != len(before):
             photographs = range(len(before))

@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from layersense.errors import LayersenseError
 from layersense.models.tasks.metrics import per_unit, position_labels, unit_sizes
-from layersense.models.tasks.protocol import Batch, Metric, Task
+from layersense.models.tasks.protocol import Batch, Metric, Task, WrittenMetric
 from layersense.scoring.in_progress import InProgress
 from layersense.scoring.progress import Progress
 from layersense.verification.judging import Judge
@@ -38,6 +39,17 @@ Records = dict[str, dict[str, list[Any]]]
 """Of each metric by its name, by the recipe's digest."""
 
 
+@dataclass(frozen=True)
+class Album:
+    """Photographs for which captions are written, each once."""
+
+    metrics: Sequence[WrittenMetric]
+    """What judges them."""
+    batches: Sequence[Batch]
+    references: Sequence[Sequence[str]]
+    """What people wrote, for each photograph of the batches in their order."""
+
+
 class Measurer:
     """Measures switched models against the unquantized one, batch by batch.
 
@@ -52,6 +64,7 @@ class Measurer:
         dtype: of its floating-point inputs.
         metrics: what whole recipes are judged by.
         photographs: number of each row's photograph; None where they are of none.
+        album: photographs for which captions are written; None writes none.
     """
 
     def __init__(
@@ -63,10 +76,11 @@ class Measurer:
         dtype: torch.dtype,
         metrics: Sequence[Metric] = (),
         photographs: Sequence[int] | None = None,
+        album: Album | None = None,
     ) -> None:
         self.board, self.task, self.batches = board, task, batches
         self.device, self.dtype = device, dtype
-        self.metrics, self.photographs = metrics, photographs
+        self.metrics, self.photographs, self.album = metrics, photographs, album
         self._choices: Choices = getattr(task, "same_choices", NoChoices)()
         self._divergence: Divergence | None = getattr(task, "divergence", None)
         self.exact_reuse = True
@@ -77,6 +91,7 @@ class Measurer:
         singles: Sequence[Single],
         recipes: Mapping[str, Whole],
         in_progress: InProgress[Completed] | None = None,
+        captioned: Collection[str] = (),
     ) -> tuple[Before, dict[Single, Damage], dict[str, Damage]]:
         """Measure groups alone and whole recipes.
 
@@ -85,6 +100,7 @@ class Measurer:
             recipes: digest → recipe.
             in_progress: where completed batches are kept; those that it holds are not measured
                 again.
+            captioned: digests of the recipes that write captions.
 
         Returns:
             The unquantized model; what each single did; what each recipe did. Their digests are
@@ -128,6 +144,10 @@ class Measurer:
                     if in_progress:
                         in_progress.save(CALL, lambda: done)
                 progress.step()
+            progress.close()
+            if self.album and captioned:
+                chosen = {key: recipes[key] for key in recipes if key in captioned}
+                self._write(self.album, chosen, done, in_progress)
         except torch.OutOfMemoryError as error:
             raise LayersenseError(
                 f"verification does not fit into memory ({error}); lower `batch_size` of the run"
@@ -136,7 +156,8 @@ class Measurer:
             self.board.clear()
             progress.close()
         self._judged(done.records, whole, before)
-        for damage in whole.values():
+        for digest, damage in whole.items():
+            damage.captions = digest in captioned
             damage.metrics_version = METRICS_VERSION
         return before, alone, whole
 
@@ -148,15 +169,70 @@ class Measurer:
             found = records.setdefault(key, {}).setdefault(metric.name, [])
             found.extend(metric.records(output, logits, batch))
 
+    def _write(
+        self,
+        album: Album,
+        recipes: Mapping[str, Whole],
+        done: Completed,
+        in_progress: InProgress[Completed] | None,
+    ) -> None:
+        """Let the unquantized model and recipes write captions, batch by batch."""
+        logger.info(
+            "captions of %d photographs by %d models: %d batches, each at most %d passes of each",
+            len(album.references),
+            len(recipes) + 1,
+            len(album.batches),
+            sum(metric.most_passes for metric in album.metrics),
+        )
+        progress = Progress("captions", total=len(album.batches), unit="batch", device=self.device)
+        start = 0
+        try:
+            for index, batch in enumerate(album.batches):
+                references = album.references[start : start + batch.n_samples]
+                start += batch.n_samples
+                if index >= done.albums:
+                    batch = batch.to(self.device, self.dtype)
+                    self.board.clear()
+                    self._caption(done.records, BEFORE, album, batch, references)
+                    for digest, whole in recipes.items():
+                        self.board.switch(whole.recipe, whole.kv_cache)
+                        self._caption(done.records, digest, album, batch, references)
+                    done.albums = index + 1
+                    if in_progress:
+                        in_progress.save(CALL, lambda: done)
+                progress.step()
+        finally:
+            progress.close()
+
+    def _caption(
+        self,
+        records: Records,
+        key: str,
+        album: Album,
+        batch: Batch,
+        references: Sequence[Sequence[str]],
+    ) -> None:
+        """Keep what the model, as it is switched, writes for a batch."""
+        for metric in album.metrics:
+            written = metric.write(self.board.model, batch)
+            records.setdefault(key, {}).setdefault(metric.name, []).extend(
+                [text, list(texts)] for text, texts in zip(written, references, strict=True)
+            )
+
     def _judged(self, records: Records, whole: Mapping[str, Damage], before: Before) -> None:
         """Tell what the metrics say of each model, where there is anything to judge."""
-        for metric in self.metrics:
-            if not records[BEFORE][metric.name]:
+        metrics: list[Metric | WrittenMetric] = [*self.metrics]
+        metrics += self.album.metrics if self.album else ()
+        for metric in metrics:
+            own = records.get(BEFORE, {}).get(metric.name)
+            if not own:
                 continue
-            judge = Judge(metric, records[BEFORE][metric.name], self.photographs)
-            before.metrics.append(judge.of(records[BEFORE][metric.name]))
+            # Of captions there is one record a photograph.
+            judge = Judge(metric, own, self.photographs if metric in self.metrics else None)
+            before.metrics.append(judge.of(own))
             for digest, damage in whole.items():
-                damage.metrics.append(judge.of(records[digest][metric.name]))
+                if metric.name in records.get(digest, {}):
+                    damage.metrics.append(judge.of(records[digest][metric.name]))
 
     def _measure_batch(
         self,

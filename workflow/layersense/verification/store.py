@@ -59,6 +59,8 @@ class Damage(msgspec.Struct, kw_only=True):
     """Of a whole recipe: all of the task's."""
     metrics_version: int = 0
     """:data:`METRICS_VERSION` when it was judged; 0 for single groups, which are not."""
+    captions: bool = False
+    """Whether what it writes was judged, as far as the task has a metric for it."""
 
 
 class Single(msgspec.Struct, kw_only=True):
@@ -108,6 +110,8 @@ class Completed(msgspec.Struct, kw_only=True):
     records: dict[str, dict[str, list[Any]]]
     """Records of each metric by its name, by the recipe's digest; the unquantized model's under
     ``before``."""
+    albums: int = 0
+    """Batches of photographs for which captions are written."""
 
 
 class Verification(msgspec.Struct, kw_only=True):

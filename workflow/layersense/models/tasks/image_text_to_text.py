@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +15,14 @@ from layersense.calibration.sampling import Unit
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
 from layersense.models.loading import first_line, load_model, load_processor
-from layersense.models.tasks.metrics import TopChoice
+from layersense.models.tasks.metrics import CiderD, TopChoice
 from layersense.models.tasks.protocol import (
     IGNORED,
     Batch,
     Loaded,
     Metric,
     Sampling,
+    WrittenMetric,
     check_modality,
 )
 from layersense.models.tasks.tokens import (
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 2**31
 """How much of the prepared samples stays in memory between passes over the data."""
+MOST_WRITTEN = 32
+"""Tokens that a model may write for a photograph."""
 _CAPTION = "a caption of layersense"
 """Stands for the caption while the chat template is rendered."""
 
@@ -232,15 +236,64 @@ class ImageTextToText:
         """Return the logits that predict captions and ends of turns, (n_tokens, vocabulary)."""
         return supervised_logits(output, batch)
 
-    def metrics(self, loaded: Loaded) -> Sequence[Metric]:
-        """Return the share of tokens predicted right, given the true ones before."""
-        return [TopChoice("token accuracy")]
+    def metrics(self, loaded: Loaded) -> Sequence[Metric | WrittenMetric]:
+        """Return the share of tokens predicted right, given the true ones before; and CIDEr-D."""
+        write = partial(write_captions, loaded.processor)
+        return [TopChoice("token accuracy"), CiderD(write, MOST_WRITTEN)]
 
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""
         from layersense.quantization.layers import describe_layer
 
         return describe_layer(module_names)
+
+
+def write_captions(processor: Any, model: nn.Module, batch: Batch) -> list[str]:
+    """Return what a model writes for each sample of a batch of photographs.
+
+    It is given what stands before the caption, and takes the most probable token each time
+    (greedily, without the checkpoint's own settings of generation), up to the end of the turn or
+    :data:`MOST_WRITTEN` tokens.
+    """
+    from transformers import GenerationConfig
+
+    tokenizer = processor.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    starts: list[int] = (batch.labels != IGNORED).int().argmax(dim=1).tolist()
+    inputs = {}
+    for key, value in batch.inputs.items():
+        if value.shape == batch.labels.shape and not value.is_floating_point():
+            fill = pad if key == "input_ids" else 0
+            inputs[key] = _pad_left(
+                [row[:start] for row, start in zip(value, starts, strict=True)], fill
+            )
+        else:
+            inputs[key] = value
+    inputs["attention_mask"] = _pad_left([batch.labels.new_ones(start) for start in starts], 0)
+    own: Any = model
+    ends = own.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    written = own.generate(
+        **inputs,
+        generation_config=GenerationConfig(
+            max_new_tokens=MOST_WRITTEN,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            num_return_sequences=1,
+            use_cache=True,
+            eos_token_id=sorted(ends),
+            pad_token_id=pad,
+        ),
+    )
+    texts = tokenizer.batch_decode(written[:, max(starts) :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _pad_left(rows: Sequence[Tensor], value: int) -> Tensor:
+    """Put rows of tokens into one tensor, filled up on the left: what is written comes after."""
+    return pad_right([row.flip(0) for row in rows], value).flip(1)
 
 
 def _name(row: Row) -> str:

@@ -1,32 +1,41 @@
 """What tasks are judged by: shares of right choices, mean intersection over union."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layersense.errors import LayersenseError
-from layersense.models.tasks.protocol import IGNORED, Batch, Loaded, Metric, Task
+from layersense.models.tasks.cider import cider_d
+from layersense.models.tasks.protocol import IGNORED, Batch, Loaded, Metric, Task, WrittenMetric
 
 Floats = npt.NDArray[np.float64]
 
 MEMBERS = ("name", "unit", "higher_is_better", "records", "values")
-"""What a metric has; see :class:`layersense.models.tasks.protocol.Metric`."""
+"""What a metric has; one of what the model writes has ``write`` instead of ``records``. See
+:class:`layersense.models.tasks.protocol.Metric`."""
 
 
-def metrics_of(task: Task, loaded: Loaded) -> list[Metric]:
-    """Return the task's metrics; none where it says nothing of them, as one's own may.
+def metrics_of(task: Task, loaded: Loaded) -> tuple[list[Metric], list[WrittenMetric]]:
+    """Return the task's metrics, and those of what its model writes.
+
+    None where it says nothing of them, as one's own may.
 
     Raises:
         LayersenseError: what the task calls a metric is none, or two have one name.
     """
     make = getattr(task, "metrics", None)
-    metrics: list[Metric] = [] if make is None else list(make(loaded))
+    metrics: list[Metric | WrittenMetric] = [] if make is None else list(make(loaded))
     for metric in metrics:
-        lacking = [name for name in MEMBERS if not hasattr(metric, name)]
+        writes = hasattr(metric, "write")
+        lacking = [
+            name
+            for name in MEMBERS
+            if not hasattr(metric, name) and not (writes and name == "records")
+        ]
         if lacking:
             raise LayersenseError(
                 f"task {task.name}: its metric {type(metric).__name__} lacks "
@@ -38,7 +47,8 @@ def metrics_of(task: Task, loaded: Loaded) -> list[Metric]:
             f"task {task.name}: two of its metrics are called {twice[0]}; give each a name of its "
             "own"
         )
-    return metrics
+    written = [metric for metric in metrics if isinstance(metric, WrittenMetric)]
+    return [metric for metric in metrics if not isinstance(metric, WrittenMetric)], written
 
 
 def value_of(metric: Metric, records: Sequence[Any]) -> float | None:
@@ -72,6 +82,34 @@ class TopChoice:
         """Return right positions / all positions, 0 to 1; NaN where there are none."""
         right, total = (counts @ np.array(records, dtype=float).reshape(-1, 2)).T
         return ratio(right, total)
+
+
+class CiderD:
+    """CIDEr-D of the captions that a model writes, against all that people gave the photographs.
+
+    The mean over photographs of :func:`layersense.models.tasks.cider.cider_d`, 0 to 10. The idf of
+    its words comes from all references of all held-out photographs, in each resample too.
+
+    Args:
+        write: what the model writes for each sample of a batch.
+        most_passes: how many passes of the model that takes at most.
+    """
+
+    name = "CIDEr-D"
+    unit = "of 10"
+    higher_is_better = True
+
+    def __init__(self, write: Callable[[nn.Module, Batch], list[str]], most_passes: int) -> None:
+        self._write, self.most_passes = write, most_passes
+
+    def write(self, model: nn.Module, batch: Batch) -> list[str]:
+        """Return the model's caption of each photograph."""
+        return self._write(model, batch)
+
+    def values(self, records: Sequence[Any], counts: Floats) -> Floats:
+        """Return the mean of the photographs, 0 to 10; NaN where there are none."""
+        scores = cider_d([text for text, _ in records], [texts for _, texts in records])
+        return ratio(counts @ scores, counts.sum(axis=1))
 
 
 class MeanIoU:

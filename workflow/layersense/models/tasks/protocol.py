@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,39 @@ class Metric(Protocol):
         """
 
 
+@runtime_checkable
+class WrittenMetric(Protocol):
+    """What a task is judged by that goes by what the model writes when nothing is given to it.
+
+    Writing takes a pass of the model for each token, so that it is measured where ``captions`` of
+    ``verify`` asks for it, on one row of each photograph, and never of single groups.
+    """
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+
+    @property
+    def unit(self) -> str:
+        """As of a :class:`Metric`."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of it is better."""
+
+    @property
+    def most_passes(self) -> int:
+        """How many passes of the model :meth:`write` takes for a batch at most."""
+
+    def write(self, model: nn.Module, batch: Batch) -> list[str]:
+        """Return what the model, quantized as it is at present, writes for each sample."""
+
+    def values(
+        self, records: Sequence[Any], counts: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        """As of a :class:`Metric`; a record is ``[written, [reference, …]]`` of a photograph."""
+
+
 class Task(Protocol):
     """One kind of model. Each task is one file, and stateless.
 
@@ -213,7 +246,7 @@ class Task(Protocol):
     def describe(self, module_names: Sequence[str]) -> LayerName:
         """Return subsystem, block and kind of a layer group."""
 
-    def metrics(self, loaded: Loaded) -> Sequence[Metric]:
+    def metrics(self, loaded: Loaded) -> Sequence[Metric | WrittenMetric]:
         """Return what whole recipes are judged by, each of another name.
 
         Optional: a task of the user's own that lacks this method has none.
