@@ -310,9 +310,15 @@ def with_group(**changes: Any) -> dict[str, Any]:
         ('{"scheme": "\\ud800"}', "cannot be read as JSON"),
         (foreign(scheme=None), "key scheme is missing or no object"),
         (foreign(layer_sensitivity=[]), "key layer_sensitivity is missing or no object"),
+        (foreign(layer_sensitivity={}), "layer_sensitivity holds no layer group"),
+        (
+            foreign(layer_sensitivity={QKV: GROUP, QKV.removesuffix(".quant_recipe"): GROUP}),
+            "q_proj are one group; keep one",
+        ),
         (foreign(scheme={"name": 3}), "scheme.name is missing"),
         (foreign(scheme={"name": "x", "quant_formats": [1]}), "scheme.quant_formats: expected"),
         (foreign(scheme={"name": "x", "auto_quantize_bits": "8"}), "auto_quantize_bits: expected"),
+        (foreign(scheme={"name": "x", "coverage_mode": 7}), "scheme.coverage_mode: expected text"),
         (foreign(autoquant_state=[]), "autoquant_state: expected an object"),
         (foreign(autoquant_state={"constraints": [1]}), "autoquant_state.constraints: expected"),
         (foreign(model={"id": 3}), "model: expected text"),
@@ -325,6 +331,12 @@ def with_group(**changes: Any) -> dict[str, Any]:
         (with_group(costs=[-1.0, 1.0]), "a cost is below zero"),
         (with_group(formats=[1, 2]), "expected strings in formats"),
         (with_group(formats=["A", "A"]), "a format stands twice"),
+        (with_group(formats=["A(effective-bits: 8.0)", "A"]), "two of its formats have one name"),
+        (
+            with_group(formats=["CUSTOM_0", "FP8_ALL_LAYERS_CFG"]),
+            "two of its formats have one name",
+        ),
+        (with_group(formats=[], scores=[], costs=[]), "formats is empty; expected NONE"),
         (with_group(formats=None), "expected lists"),
         (with_group(module_names=[]), "expected names in module_names"),
         (foreign(layer_sensitivity={QKV: 3}), "expected lists"),
@@ -349,6 +361,14 @@ def test_a_broken_manifest_is_one_sentence_and_leaves_nothing(
     assert "\n" not in message
     assert not out.exists()
     assert validate_manifest(bad)
+
+
+def test_what_editors_and_shells_do_to_files(tmp_path: Path) -> None:
+    marked = tmp_path / "old.fp8.json"
+    marked.write_bytes(b"\xef\xbb\xbf" + json.dumps(foreign()).encode())
+    assert read_manifest(marked).groups == read_manifest(write(tmp_path, foreign(), "a.json")).groups
+    with pytest.raises(LayersenseError, match="Is a directory"):
+        read_manifest(tmp_path)
 
 
 def test_a_name_makes_no_line_of_its_own(tmp_path: Path) -> None:

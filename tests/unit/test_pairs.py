@@ -142,6 +142,24 @@ def test_what_cannot_be_is_refused_with_the_reason(name: str, reason: str) -> No
     assert reason in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("w8a8_fp8_int8", "did you mean `W8A8_FP8_INT8`?"),
+        ("W8A8", "did you mean `W8A8_FP8_FP8`, `W8A8_FP8_INT8`, `W8A8_INT8_FP8` or"),
+        ("W4A16", "did you mean `W4A16_FP4`, `W4A16_INT4` or"),
+        ("W8A8_FP8_FP4x", "did you mean `W8A8_FP8_FP8`?"),
+        ("W8A8_FP8_INT8_GROUP64", "`_WGROUP64` or `_WGROUP128` for weights"),
+        ("W8A8_INT8_INT8_ATOKEN_WTENSOR", "for weights, then `_ATENSOR` or `_ATOKEN` for activ"),
+    ],
+)
+def test_what_is_nearly_a_pair_is_told_how_pairs_are_written(name: str, meant: str) -> None:
+    with pytest.raises(LayersenseError, match="there is no format") as error:
+        resolve_format(name, {})
+    assert meant in str(error.value)
+    assert "(a pair is its bits, its types in capitals, and" in str(error.value)
+
+
 def test_fp4_needs_cuda_and_the_rest_does_not() -> None:
     for name, format in grid_formats().items():
         if "FP4" in name:

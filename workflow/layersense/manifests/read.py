@@ -187,21 +187,26 @@ def _load(path: str | Path) -> dict[str, Any]:
     if Path(path).suffix in SUFFIXES:
         return read_state(path)
     try:
-        text = Path(path).read_bytes().decode()
+        text = Path(path).read_bytes().decode("utf-8-sig")  # editors of Windows begin with a mark
         content = json.loads(text, object_pairs_hook=_each_key_once, parse_constant=_no_number)
         json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except FileNotFoundError as error:
         raise LayersenseError(
-            f"{path}: there is no such manifest; run `snakemake {path}` or check the path"
+            f"{path}: there is no such manifest; check the path, or run `snakemake {path}` if it "
+            "is the workflow's own"
         ) from error
     except RecursionError as error:
         raise LayersenseError(
             f"{path}: is nested too deeply for a manifest; write the manifest again"
         ) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise LayersenseError(
-            f"{path}: cannot be read as JSON ({error}); delete it and run `snakemake` again, or, "
-            "if it came from elsewhere, copy it again"
+            f"{path}: cannot be read ({error.strerror}); expected a manifest, which is a JSON file"
+        ) from error
+    except ValueError as error:
+        raise LayersenseError(
+            f"{path}: cannot be read as JSON ({error}); if it came from elsewhere, copy it again; "
+            "if the workflow wrote it, delete it and run `snakemake` again"
         ) from error
     if not isinstance(content, dict):
         raise LayersenseError(f"{path}: expected a JSON object, found a {type(content).__name__}")
@@ -243,7 +248,7 @@ def _decode(path: str | Path, content: dict[str, Any]) -> Manifest:
     if version != SCHEMA_VERSION:
         raise LayersenseError(
             f"{path}: schema_version is {version!r}, this layersense reads {SCHEMA_VERSION}; "
-            "solve the scheme again"
+            "solve the scheme again, or read it by the layersense that wrote it"
         )
     try:
         return msgspec.convert(content, Manifest)
@@ -436,12 +441,25 @@ def _foreign_problems(content: dict[str, Any]) -> Iterator[str]:
         value = value.get(inner) if isinstance(value, dict) else value
         if value is not None and not isinstance(value, str):
             yield f"{key}: expected text, or an object with the text `{inner}`"
+    if not content["layer_sensitivity"]:
+        yield "layer_sensitivity holds no layer group; expected one at least"
+    handles: dict[str, str] = {}
     for handle, group in content["layer_sensitivity"].items():
         problem = _group_problem(group)
+        layer = handle.removesuffix(SUFFIX)
         if problem:
             yield f"layer_sensitivity[{handle}]: {problem}"
-        elif not handle.removesuffix(SUFFIX):
+        elif not layer:
             yield f"layer_sensitivity: a group is called {handle!r}; expected a module's name"
+        elif layer in handles:
+            yield f"layer_sensitivity: {handles[layer]} and {handle} are one group; keep one"
+        handles.setdefault(layer, handle)
+    if not any(map(_group_problem, content["layer_sensitivity"].values())):
+        custom = _custom(content)
+        for handle, group in content["layer_sensitivity"].items():
+            names = [_resolve(label, custom) for label in group["formats"]]
+            if len(set(names)) < len(names):
+                yield f"layer_sensitivity[{handle}]: two of its formats have one name"
 
 
 def _scheme_problems(scheme: dict[str, Any]) -> Iterator[str]:
@@ -456,6 +474,9 @@ def _scheme_problems(scheme: dict[str, Any]) -> Iterator[str]:
     for key in ("auto_quantize_bits", "coverage_fraction"):
         if scheme.get(key) is not None and not _is_number(scheme[key]):
             yield f"scheme.{key}: expected a number"
+    for key in ("auto_quantize_method", "coverage_mode"):
+        if scheme.get(key) is not None and not isinstance(scheme[key], str):
+            yield f"scheme.{key}: expected text"
 
 
 def _group_problem(group: Any) -> str | None:
@@ -465,6 +486,8 @@ def _group_problem(group: Any) -> str | None:
     formats, scores, costs = (values or [] for values in lists)
     if not len(formats) == len(scores) == len(costs):
         return "formats, scores and costs differ in length"
+    if not formats:
+        return "formats is empty; expected NONE at least"
     if not all(isinstance(name, str) and name for name in formats):
         return "expected strings in formats"
     if len(set(formats)) < len(formats):

@@ -25,7 +25,7 @@ import msgspec
 
 from layersense.config import OwnFormat
 from layersense.errors import LayersenseError
-from layersense.quantization.pairs import grid, is_pair, parse_pair
+from layersense.quantization.pairs import grid, is_pair, pair_hint, parse_pair
 
 NONE = "NONE"
 """The name of "not quantized", which every layer group can take."""
@@ -146,7 +146,8 @@ def resolve_format(name: str, own: Mapping[str, OwnFormat]) -> Format:
         if name in (config, all_layers_name(config)):
             raise LayersenseError(f"format `{name}` cannot be measured: {reason}")
     words = [*own, *formats, *aliases, *(pair.name for pair in grid())]
-    raise LayersenseError(f"there is no format `{name}`{_nearest(name, words)}")
+    hint = _longer(name, words) or _nearest(name, words) or _nearest(name.upper(), words)
+    raise LayersenseError(f"there is no format `{name}`{hint}{pair_hint(name)}")
 
 
 @cache
@@ -293,6 +294,15 @@ def _nearest(word: str, words: Iterable[str]) -> str:
     """Return an ending of a sentence that names the nearest of ``words``."""
     found = get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"; did you mean `{found[0]}`?" if found else ""
+
+
+def _longer(word: str, words: Iterable[str]) -> str:
+    """Return the same of the shortest of ``words`` that only go on, as ``W8A8`` does."""
+    found = [f"`{longer}`" for longer in words if longer.startswith(f"{word.upper()}_")]
+    if not found:
+        return ""
+    *rest, last = sorted(found, key=len)[:4]
+    return f"; did you mean {', '.join(rest)}{' or ' if rest else ''}{last}?"
 
 
 # --- own formats -------------------------------------------------------------------------------

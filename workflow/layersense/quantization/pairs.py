@@ -34,6 +34,9 @@ _NAME = re.compile(
 )
 
 
+_BEGINNING = re.compile(r"W\d+A\d+", re.IGNORECASE)
+
+
 @dataclass(frozen=True)
 class Pair:
     """One pair; see the module."""
@@ -89,6 +92,20 @@ class Pair:
 def is_pair(name: str) -> bool:
     """Return whether a format's name is written as a pair's, valid or not."""
     return _NAME.fullmatch(name) is not None
+
+
+def pair_hint(name: str) -> str:
+    """Return how pairs are written, as a sentence to append, if ``name`` begins like one."""
+    if not _BEGINNING.match(name):
+        return ""
+    weights, acts = (
+        _or(f"`_{letter}{option}`" for option in options)
+        for letter, options in (("W", WEIGHT_GRANULARITIES), ("A", ACT_GRANULARITIES))
+    )
+    return (
+        " (a pair is its bits, its types in capitals, and, where it is not the default, what shares "
+        f"a scale: {weights} for weights, then {acts} for activations)"
+    )
 
 
 def parse_pair(name: str) -> Pair:
