@@ -103,6 +103,24 @@ def test_simulated_kernels():
     assert "nvcc" in found["simulated-kernel"].why
 
 
+@pytest.mark.parametrize(("bits", "severity"), [(16, "info"), (4.2, "warning")])
+def test_blocks_that_a_kernel_cuts_short_are_told(bits, severity):
+    scores = sf.make_scores()
+    for name, layer in scores.layers.items():
+        # 3 × 3 kernels: a scale for each 3 weights, 4 + 16 / 3 bits. Rows of 128 are whole blocks.
+        layer.shape = [64, 64, 3, 3] if "patch_embed" in name else [64, 256]
+    found = findings(scores, quant_formats=[FP8, INT4], effective_bits=bits)
+    assert set(found) == {"cut-blocks"}
+    finding = found["cut-blocks"]
+    assert finding.what == (
+        f"Under {INT4} a weight of 1 layer takes up to 9.33 bits with its scales, not the 4.125 "
+        "that are billed, because a row is shorter than a block; the recipe quantizes "
+        f"{0 if bits == 16 else 1} of 1 so."
+    )
+    assert (finding.severity, finding.formats) == (severity, [INT4])
+    assert finding.layers == ["model.visual.patch_embed.proj"]
+
+
 @pytest.mark.parametrize(
     ("value", "code"), [(None, "score-not-finite"), (1e20, "score-clamped"), (9e19, None)]
 )

@@ -10,6 +10,7 @@ from layersense.errors import LayersenseError
 from layersense.quantization.formats import (
     Format,
     all_layers_name,
+    bits_of_shape,
     check_device,
     effective_bits,
     format_from_settings,
@@ -62,6 +63,23 @@ def refusal(name: str = "MINE", base: str = "FP8_DEFAULT_CFG", **changes: object
 )
 def test_bits_by_hand(stages: list[dict[str, object]], bits: float) -> None:
     assert effective_bits(stages) == bits
+    assert bits_of_shape(stages, [256, 256]) == bits  # whole blocks
+
+
+@pytest.mark.parametrize(
+    ("blocks", "shape", "bits"),
+    [
+        ({"-1": 128}, [8, 16, 3, 3], 8 + 16 / 3),  # a scale for each row of a kernel
+        ({"-1": 128}, [8, 16, 1, 1], 24.0),  # a scale for each weight
+        ({"-1": 128}, [8, 300], 8 + 16 * 3 / 300),
+        ({"-1": 128, "-2": 128}, [8, 16, 3, 3], 8 + 16 / 9),
+        ({"-1": 16, "scale_bits": [4, 3]}, [8, 16, 3, 3], 8 + 8 / 3),
+        ({"-1": None}, [8, 100], 8.0),
+        ({}, [8, 100], 8.0),
+    ],
+)
+def test_bits_of_a_shape_by_hand(blocks: dict[str, object], shape: list[int], bits: float) -> None:
+    assert bits_of_shape([{"num_bits": 8, "block_sizes": blocks}], shape) == pytest.approx(bits)
 
 
 def test_bits_and_labels_of_what_comes_with_modelopt() -> None:

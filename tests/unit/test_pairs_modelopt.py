@@ -13,9 +13,15 @@ torch = pytest.importorskip("torch")
 
 import modelopt.torch.quantization as mtq  # noqa: E402
 import tiny_families as families  # noqa: E402
+from modelopt.torch.quantization.config import QuantizerAttributeConfig  # noqa: E402
+from modelopt.torch.quantization.nn import TensorQuantizer  # noqa: E402
 from studies import study  # noqa: E402
 
-from layersense.quantization.formats import grid_formats, resolve_format  # noqa: E402
+from layersense.quantization.formats import (  # noqa: E402
+    bits_of_shape,
+    grid_formats,
+    resolve_format,
+)
 from layersense.quantization.modelopt_formats import modelopt_config, validate_format  # noqa: E402
 from layersense.quantization.pairs import parse_pair  # noqa: E402
 
@@ -66,6 +72,23 @@ def test_a_layer_computes_what_the_name_says(name: str) -> None:
         found = model(x)
     # A value in the middle of two steps may fall to either side.
     assert (found - expected).abs().mean() < 2e-4 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 3, 3), (8, 100), (8, 300), (8, 256), (4, 2, 2, 14, 14)])
+@pytest.mark.parametrize("name", ["W4A16_INT4", "W4A16_INT4_WGROUP64"])
+def test_bits_of_a_shape_count_the_scales_that_modelopt_makes(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    format = resolve_format(name, {})
+    (attributes,) = format.weight
+    blocks = {-1: attributes["block_sizes"]["-1"], "type": "static"}
+    quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=4, block_sizes=blocks))
+    weight = torch.randn(shape)
+    quantizer.enable_calib()
+    quantizer(weight)
+    quantizer.load_calib_amax()
+    bits = 4 + 16 * quantizer.amax.numel() / weight.numel()
+    assert bits_of_shape(format.weight, shape) == pytest.approx(bits)
 
 
 def test_the_whole_grid_is_one_run(tmp_path: Path) -> None:

@@ -22,9 +22,8 @@ from layersense.models.outside import find_module, is_outside
 from layersense.paths import RESERVED_RUNS, RESERVED_SCHEMES
 from layersense.quantization.formats import (
     Format,
+    UnknownFormatError,
     check_device,
-    grid_formats,
-    known_formats,
     resolve_format,
 )
 from layersense.quantization.kv_cache import CACHE_TASKS, KV_CACHES, needs_cuda
@@ -452,13 +451,12 @@ class _Checker:
         if name not in self.resolved:
             try:
                 self.resolved[name] = resolve_format(name, self.own)
+            except UnknownFormatError as error:
+                expected = "expected a format (docs list them all)"
+                self.add(path, f"{expected}, found {_found(name)}{error.hint}")
+                return None
             except LayersenseError as error:
-                reason = str(error)
-                if reason.startswith("there is no format"):
-                    words = [*map(str, self.section("formats")), *known_formats(), *grid_formats()]
-                    self.add(path, "expected a format (docs list them all)", name, words)
-                else:
-                    self.add(path, reason)
+                self.add(path, str(error))
                 return None
         return self.resolved[name]
 

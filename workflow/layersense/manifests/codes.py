@@ -32,6 +32,8 @@ class Code(StrEnum):
     """What ModelOpt or the model warned of."""
     TIED_WEIGHTS = "tied-weights"
     """Layers that share their weights with others."""
+    CUT_BLOCKS = "cut-blocks"
+    """Layers with less in a row than a format's block, whose scales take more than is billed."""
     HIGH_PADDING = "high-padding"
     """Batches that are mostly padding."""
     TRUNCATED_TEXTS = "truncated-texts"

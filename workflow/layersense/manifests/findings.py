@@ -12,7 +12,7 @@ from layersense.manifests.codes import Code
 from layersense.manifests.schema import SUFFIX, Finding, LayerSensitivity, Manifest, plain_name
 from layersense.manifests.stability import Stability, ranking_stability
 from layersense.quantization.extensions import RETRY
-from layersense.quantization.formats import NONE
+from layersense.quantization.formats import NONE, bits_of_shape
 from layersense.scoring.scores import FormatScores, Scores
 
 Severity = Literal["error", "warning", "info"]
@@ -23,6 +23,8 @@ HIGH_PADDING = 0.5
 """Share of padding positions above which a batch is mostly padding."""
 UNSTABLE = 0.5
 """Probability of another top set above which the ranking is called noisy."""
+CUT = 1.05
+"""Factor by which a layer's true bits exceed the billed before it is said."""
 MAX_EXPERTS = 8
 """How many experts one sentence names."""
 MAX_REASONS = 3
@@ -325,6 +327,41 @@ def tied_weights(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def cut_blocks(evidence: Evidence) -> Iterator[Finding]:
+    """Blocks are longer than the rows they lie in, so that scales take more than is billed."""
+    found: dict[tuple[tuple[str, ...], float, float], list[str]] = {}
+    for name, entry in evidence.formats.items():
+        weight = entry.settings["format"]["weight"]
+        true: dict[str, float] = {}
+        for module, layer in evidence.scores.layers.items():
+            if layer.group in entry.groups and layer.shape:
+                bits = bits_of_shape(weight, layer.shape)
+                if bits > entry.effective_bits * CUT:
+                    true[module] = bits
+        if true:
+            key = (tuple(true), entry.effective_bits, max(true.values()))
+            found.setdefault(key, []).append(name)
+    for (modules, billed, bits), names in found.items():
+        taken = [
+            module
+            for module in modules
+            if plain_name(evidence.manifest.layers[module].format) in names
+        ]
+        yield Finding(
+            code=Code.CUT_BLOCKS,
+            severity="warning" if taken else "info",
+            what=f"Under {_and(names)} a weight of {_count(modules, 'layer')} takes up to "
+            f"{bits:.3g} bits with its scales, not the {billed:.4g} that are billed, because a row "
+            f"is shorter than a block; the recipe quantizes {len(taken)} of {len(modules)} so.",
+            why="ModelOpt lays blocks along a weight's last axis, which is the width of the kernel "
+            "of a convolution. So many scales make the score small, and no runtime stores them.",
+            fix="Leave these layers out (`exclude`), give the scheme a `target`, or take a format "
+            "with a scale for each channel or tensor.",
+            layers=list(modules),
+            formats=names,
+        )
+
+
 def high_padding(evidence: Evidence) -> Iterator[Finding]:
     """Most positions of the batches are padding."""
     shares = {name: entry.batches.padding_share for name, entry in evidence.formats.items()}
@@ -471,6 +508,7 @@ DETECTORS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     disagreeing_halves,
     back_offs,
     simulated_kernels,
+    cut_blocks,
     high_padding,
     truncated,
     tied_weights,

@@ -13,10 +13,10 @@ Pairs of types (``W8A8_FP8_INT8``) are formats too, see :mod:`layersense.quantiz
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
-from math import prod
+from math import ceil
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -117,6 +117,15 @@ def known_formats() -> Mapping[str, Format]:
     )
 
 
+class UnknownFormatError(LayersenseError):
+    """There is no format of this name."""
+
+    def __init__(self, name: str, hint: str) -> None:
+        """Keep the rest of the sentence, which says what may be meant."""
+        super().__init__(f"there is no format `{name}`{hint}")
+        self.hint = hint
+
+
 def resolve_format(name: str, own: Mapping[str, OwnFormat]) -> Format:
     """Return the format called ``name`` in a config whose own formats are ``own``.
 
@@ -147,7 +156,7 @@ def resolve_format(name: str, own: Mapping[str, OwnFormat]) -> Format:
             raise LayersenseError(f"format `{name}` cannot be measured: {reason}")
     words = [*own, *formats, *aliases, *(pair.name for pair in grid())]
     hint = _longer(name, words) or _nearest(name, words) or _nearest(name.upper(), words)
-    raise LayersenseError(f"there is no format `{name}`{hint}{pair_hint(name)}")
+    raise UnknownFormatError(name, hint + pair_hint(name))
 
 
 @cache
@@ -197,6 +206,20 @@ def effective_bits(weight: Iterable[Mapping[str, Any]]) -> float:
     return min(_element_bits(stage) + _scale_bits(stage) for stage in weight)
 
 
+def bits_of_shape(weight: Iterable[Mapping[str, Any]], shape: Sequence[int]) -> float:
+    """Return the bits that one weight of a tensor takes, with the scales of all its blocks.
+
+    That is more than :func:`effective_bits` where a block is longer than what there is: ModelOpt
+    lays blocks along axes of the weight as it is, so that a convolution of 3 × 3, whose last axis
+    is 3 long, has a scale for each 3 weights.
+
+    Args:
+        weight: attributes of the quantizers that a weight passes.
+        shape: the weight's shape.
+    """
+    return min(_element_bits(stage) + _scale_bits(stage, shape) for stage in weight)
+
+
 def activation_bits(format: Format) -> int:
     """Return the bits of one activation as the layer computes with it; 16 if it is left alone."""
     return min(map(_element_bits, format.input), default=16)
@@ -207,12 +230,18 @@ def _element_bits(stage: Mapping[str, Any]) -> int:
     return bits if isinstance(bits, int) else 1 + sum(bits)
 
 
-def _scale_bits(stage: Mapping[str, Any]) -> float:
+def _scale_bits(stage: Mapping[str, Any], shape: Sequence[int] = ()) -> float:
+    """Return the bits of a weight's share of its scale; of whole blocks without ``shape``."""
     blocks = stage.get("block_sizes") or {}
-    lengths: list[int | None] = [n for axis, n in blocks.items() if _is_axis(axis)]
-    if not lengths or None in lengths:  # None: the block is as long as the tensor
+    lengths: dict[int, int | None] = {int(key): n for key, n in blocks.items() if _is_axis(key)}
+    if not lengths or None in lengths.values():  # None: the block is as long as the tensor
         return 0.0
-    return _BITS_OF_SCALE[tuple(blocks.get("scale_bits", ()))] / prod(n for n in lengths if n)
+    scale = _BITS_OF_SCALE[tuple(blocks.get("scale_bits", ()))]
+    share = 1.0
+    for axis, length in lengths.items():
+        if length:
+            share *= ceil(shape[axis] / length) / shape[axis] if shape else 1 / length
+    return scale * share
 
 
 def _is_axis(key: str) -> bool:

@@ -103,8 +103,8 @@ def pair_hint(name: str) -> str:
         for letter, options in (("W", WEIGHT_GRANULARITIES), ("A", ACT_GRANULARITIES))
     )
     return (
-        " (a pair is its bits, its types in capitals, and, where it is not the default, what shares "
-        f"a scale: {weights} for weights, then {acts} for activations)"
+        " (a pair is its bits, its types in capitals, and, where it is not the default, what "
+        f"shares a scale: {weights} for weights, then {acts} for activations)"
     )
 
 

@@ -65,6 +65,7 @@ def take_inventory(
         layers[name] = Layer(
             module_type=original_types[name],
             n_weights=sum(weight.numel() for weight in weights.values()),
+            shape=list(first.shape) if len(weights) == 1 else [],
             group=group_of.get(name),
             reason=None if name in group_of else _why_not_searched(module, original_types[name]),
             tied_to=None if tied_to == name else tied_to,

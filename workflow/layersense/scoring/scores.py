@@ -23,6 +23,8 @@ class Layer(msgspec.Struct, omit_defaults=True, kw_only=True):
     """Class name in the original model, such as ``Linear``."""
     n_weights: int
     """Elements of the weight tensor."""
+    shape: list[int] = []
+    """Shape of the weight tensor; none for modules of several, such as fused experts."""
     group: str | None = None
     """Handle of its layer group; None if ModelOpt does not search it."""
     reason: str | None = None
