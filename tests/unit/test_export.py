@@ -24,16 +24,16 @@ from layersense.config import OwnFormat, Verify
 from layersense.errors import LayersenseError
 from layersense.export import check as check_module
 from layersense.export import job as job_module
-from layersense.export import vllm_rules
+from layersense.export import onnx_write, vllm_rules
 from layersense.export.allow import WRITES, Written, make_plan, nearest_format, tensors, writes
 from layersense.export.check import check_checkpoint
-from layersense.export.job import export_scheme, recheck
+from layersense.export.job import export_scheme, metric_problems, recheck
 from layersense.export.onnx_check import _Compared, weight_of
 from layersense.export.store import read_exported
 from layersense.export.unpack import unpack
 from layersense.manifests.schema import encode_manifest
 from layersense.models.tasks import get_task
-from layersense.models.tasks.metrics import value_of
+from layersense.models.tasks.metrics import TopChoice, value_of
 from layersense.models.tasks.protocol import Sampling
 from layersense.quantization.formats import format_settings, known_formats, resolve_format
 from layersense.verification.table import read_measured_recipes, verification_table
@@ -706,6 +706,37 @@ def test_queries_are_compared_whatever_their_order():
     assert "are not the simulated ones" in problem
 
 
+def judged(right_in_onnx, right_simulated):
+    """What top-1 accuracy says of a file and of the simulated model, image by image."""
+    records = {
+        name: [[one, 1] for one in right]
+        for name, right in (
+            ("onnx", right_in_onnx), ("simulated", right_simulated), ("unquantized", [1, 1])
+        )
+    }  # fmt: skip
+    return onnx_write._judged(TopChoice("top-1 accuracy"), records)
+
+
+def test_a_metric_of_a_file_may_be_a_point_off_beyond_the_noise_of_the_images():
+    # A fifth of 60 images lost: 95 % of the resamples lose 10 % to 30 %.
+    simulated = [1] * 48 + [0] * 12
+    lost = judged([1] * 36 + [0] * 24, simulated)
+    assert (lost.onnx, lost.simulated, lost.unquantized) == (0.6, 0.8, 1.0)
+    assert lost.apart_low == pytest.approx(-0.3, abs=0.04)
+    assert lost.apart_high == pytest.approx(-0.1, abs=0.04)
+    (problem,) = metric_problems([lost])
+    assert "top-1 accuracy is 60.0%, and that of the simulated model 80.0%" in problem
+    # What is gained is no less off, and what is the same is not.
+    assert len(metric_problems([judged([1] * 60, simulated), lost])) == 2
+    assert metric_problems([judged(simulated, simulated)]) == []
+    # One image of two, or of sixty, may fall either way.
+    assert metric_problems([judged([1, 0], [1, 1])]) == []
+    assert metric_problems([judged([1] * 47 + [0] * 13, simulated)]) == []
+    # A single one has no interval.
+    alone = judged([0], [1])
+    assert (alone.apart_low, metric_problems([alone])) == (None, [])
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     def save(folder):
@@ -788,6 +819,7 @@ def test_the_metric_of_an_onnx_file_stands_beside_the_models_own(
             records += judge.records(output, own.supervised_logits(output, batch), batch)
     assert found.unquantized == pytest.approx(value_of(judge, records), abs=1e-6)
     assert found.onnx == pytest.approx(found.simulated, abs=0.02)
+    assert found.apart_low <= found.onnx - found.simulated <= found.apart_high
     card = (tmp_path / "checkpoint/README.md").read_text()
     assert f"The task's own metric, {metric}, is {found.onnx:.1%} there" in card
 

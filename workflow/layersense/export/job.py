@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +25,7 @@ from layersense.export.store import (
     Checked,
     Expected,
     Exported,
+    OnnxMetric,
     read_exported,
     write_exported,
 )
@@ -53,6 +54,9 @@ NAMED = 3
 """Folders of a checkpoint in the making, and of one about to be deleted."""
 MOST_SURPLUS = 0.01
 """Share of the predicted bytes by which a checkpoint may be off without a warning."""
+MOST_APART = 0.01
+"""Share by which a metric of an ONNX file may be off the simulated model's, beyond the noise of the
+images."""
 MOST_HELDOUT = 64
 """Held-out images that an ONNX file is compared on."""
 
@@ -239,6 +243,8 @@ def _export(
         seconds["write"] = time.monotonic() - start
         start = time.monotonic()
         checked = _check_in_a_fresh_process(folder, expected, simulated, check.send)
+        metrics = heldout.judge(folder / ONNX_FILE) if is_onnx else []
+        _refuse(folder, metric_problems(metrics))
         seconds["check"] = time.monotonic() - start
         exported = Exported(
             run=manifest.run_name,
@@ -253,7 +259,7 @@ def _export(
             files={},
             expected=expected,
             checked=checked,
-            metrics=heldout.judge(folder / ONNX_FILE) if is_onnx else [],
+            metrics=metrics,
             seconds={phase: round(value, 3) for phase, value in seconds.items()},
             peak_memory_bytes=peak_memory_bytes(device),
             environment=describe_environment(device),
@@ -300,13 +306,38 @@ def _check_in_a_fresh_process(
             "in place"
         )
     checked = msgspec.json.decode(output.splitlines()[-1], type=Checked)
-    if checked.problems:
+    _refuse(folder, checked.problems)
+    return checked
+
+
+def metric_problems(metrics: Iterable[OnnxMetric]) -> list[str]:
+    """Return which metrics of an ONNX file are not the simulated model's, one sentence each.
+
+    Few images tell little: a metric is off where the whole 95 % interval of its difference, image
+    by image, lies more than :data:`MOST_APART` above or below zero.
+    """
+    return [
+        f"in onnxruntime its {one.name} is {one.onnx:.1%}, and that of the simulated model "
+        f"{one.simulated:.1%} on the same held-out images"
+        for one in metrics
+        if one.apart_low is not None
+        and one.apart_high is not None
+        and (one.apart_low > MOST_APART or one.apart_high < -MOST_APART)
+    ]
+
+
+def _refuse(folder: Path, problems: Sequence[str]) -> None:
+    """Refuse a checkpoint that is not what it should be.
+
+    Raises:
+        LayersenseError: there is a problem; the first one is named.
+    """
+    if problems:
         raise LayersenseError(
-            f"{folder}: what ModelOpt's exporter wrote is not the recipe: {checked.problems[0]}"
-            f"{f' (and {len(checked.problems) - 1} more)' if len(checked.problems) > 1 else ''}; "
+            f"{folder}: what ModelOpt's exporter wrote is not the recipe: {problems[0]}"
+            f"{f' (and {len(problems) - 1} more)' if len(problems) > 1 else ''}; "
             "nothing was put in place; this is a defect of layersense or ModelOpt"
         )
-    return checked
 
 
 def _warn(exported: Exported) -> None:

@@ -18,8 +18,9 @@ from layersense.export.write import copy_others, no_space
 from layersense.manifests.schema import Manifest
 from layersense.models.checkpoints import Checkpoint
 from layersense.models.tasks.metrics import metrics_of, value_of
-from layersense.models.tasks.protocol import Batch, ImageTask, Loaded
+from layersense.models.tasks.protocol import Batch, ImageTask, Loaded, Metric
 from layersense.quantization.formats import NONE
+from layersense.verification.judging import Judge
 
 OPSET = 20
 """From 19 on, `QuantizeLinear` takes 8-bit floats; 20 is the last that torch's tracing export
@@ -136,14 +137,24 @@ class Heldout:
                 for metric in self.metrics:
                     records[metric.name][name] += metric.records(output, logits, batch)
         return [
-            OnnxMetric(
-                name=metric.name,
-                unit=metric.unit,
-                **{name: value_of(metric, rows) for name, rows in records[metric.name].items()},
-            )
+            _judged(metric, records[metric.name])
             for metric in self.metrics
             if all(records[metric.name].values())
         ]
+
+
+def _judged(metric: Metric, records: Mapping[str, Sequence[Any]]) -> OnnxMetric:
+    """Return a metric of the file and of both models, by their records."""
+    file = Judge(metric, records["simulated"]).of(records["onnx"])
+    return OnnxMetric(
+        name=metric.name,
+        unit=metric.unit,
+        onnx=file.value,
+        simulated=value_of(metric, records["simulated"]),
+        unquantized=value_of(metric, records["unquantized"]),
+        apart_low=file.difference_low,
+        apart_high=file.difference_high,
+    )
 
 
 def expect(

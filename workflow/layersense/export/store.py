@@ -64,6 +64,9 @@ class OnnxMetric(msgspec.Struct, kw_only=True):
     """Of the file, in onnxruntime."""
     simulated: float | None
     unquantized: float | None
+    apart_low: float | None = None
+    """Of the 95 % interval of file − simulated, by bootstrap over the images; None with one."""
+    apart_high: float | None = None
 
 
 class Checked(msgspec.Struct, kw_only=True):
