@@ -565,6 +565,7 @@ def test_alternatives_by_hand(tmp_path):
     [
         ("lm_head", "lm_head"),
         ("model.language_model.layers.0.self_attn.q_proj", "…layers.0.self_attn.q_proj"),
+        ("class_labels_classifier.layers.0", "…ss_labels_classifier.layers.0"),
         ("x" * 40, "…" + "x" * 29),
     ],
 )

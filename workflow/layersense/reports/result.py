@@ -436,6 +436,8 @@ def tail(layer: str) -> str:
     label = parts.pop()
     while parts and len(parts[-1]) + 1 + len(label) < LABEL:
         label = f"{parts.pop()}.{label}"
+    if 2 * len(label) < LABEL:  # `0` of a long name says too little: a piece of the next part, too
+        label = layer
     return f"…{label[-LABEL + 1 :]}"
 
 
