@@ -789,6 +789,16 @@ def test_a_classifier_is_written_as_onnx_and_computes_the_same(pictures, tmp_pat
     )
 
 
+def test_a_file_that_is_worse_than_the_model_is_not_put_in_place(pictures, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pictures.choose(lambda number, handle: number % 3)
+    lost = judged([0] * 40 + [1] * 20, [1] * 60)
+    monkeypatch.setattr(onnx_write.Heldout, "judge", lambda heldout, file: [lost])
+    with pytest.raises(LayersenseError, match=r"accuracy is 33.3%.*nothing was put in place"):
+        pictures.export(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {".checkpoint.json.lock"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "task", "metric"),
