@@ -458,6 +458,10 @@ def test_a_state_that_runs_code_runs_none(tmp_path: Path) -> None:
         archive.writestr("other", b"")
     with pytest.raises(LayersenseError, match="not as torch saves a state"):
         import_manifest(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("state/data.pkl", pickle.dumps({"weight": [1.0]}))
+    with pytest.raises(LayersenseError, match="holds no `candidate_stats`"):
+        import_manifest(path)
     with pytest.raises(LayersenseError, match="there is no such file"):
         import_manifest(tmp_path / "missing.pt")
 

@@ -100,11 +100,14 @@ def read_state(path: str | Path) -> dict[str, Any]:
     except Exception as error:
         # Broken pickles raise whatever the operation that met the damage raises.
         raise LayersenseError(
-            f"{path}: cannot be read as a state that torch saved ({type(error).__name__}); save "
-            "it again"
+            f"{path}: cannot be read as a state that torch saved ({type(error).__name__}); copy it "
+            "again, or save it by `torch.save`"
         ) from error
-    if not isinstance(content, dict):
-        raise LayersenseError(f"{path}: holds no dictionary, so it is no state of AutoQuantize")
+    if not isinstance(content, dict) or "candidate_stats" not in content:
+        raise LayersenseError(
+            f"{path}: holds no `candidate_stats`, so it is no state of AutoQuantize; give the file "
+            "that `auto_quantize(…, checkpoint=…)` wrote"
+        )
     kept = ("method", "candidate_stats", "best", "constraints")
     return {key: _plain(content[key]) for key in kept if key in content}
 

@@ -444,8 +444,10 @@ def _foreign_problems(content: dict[str, Any]) -> Iterator[str]:
     if not content["layer_sensitivity"]:
         yield "layer_sensitivity holds no layer group; expected one at least"
     handles: dict[str, str] = {}
+    sound = True
     for handle, group in content["layer_sensitivity"].items():
         problem = _group_problem(group)
+        sound = sound and not problem
         layer = handle.removesuffix(SUFFIX)
         if problem:
             yield f"layer_sensitivity[{handle}]: {problem}"
@@ -454,7 +456,7 @@ def _foreign_problems(content: dict[str, Any]) -> Iterator[str]:
         elif layer in handles:
             yield f"layer_sensitivity: {handles[layer]} and {handle} are one group; keep one"
         handles.setdefault(layer, handle)
-    if not any(map(_group_problem, content["layer_sensitivity"].values())):
+    if sound:
         custom = _custom(content)
         for handle, group in content["layer_sensitivity"].items():
             names = [_resolve(label, custom) for label in group["formats"]]
