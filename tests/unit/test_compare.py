@@ -12,8 +12,11 @@ from result_files import FP8, INT4, INT8
 from scipy.stats import spearmanr
 from test_cli import call
 
+from layersense.errors import LayersenseError
+from layersense.manifests.imports import import_manifest, write_import
 from layersense.reports.compare import compare, profile, repeatability, spearman
 from layersense.reports.result import read_result
+from layersense.reports.terminal import find_result, known_results
 
 
 def read(place):
@@ -168,6 +171,21 @@ def test_results_are_found_and_completed_by_run_and_scheme(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["demo/mix"]
+
+
+def test_what_was_imported_is_found_by_its_name(tmp_path, monkeypatch):
+    entry = {"formats": ["FP8", "NONE"], "scores": [0.25, 0.0], "costs": [8.0, 16.0]}
+    content = {"scheme": {"name": "all"}, "layer_sensitivity": {"lm_head": entry}}
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    manifest = import_manifest(tmp_path / "old.json", run="elder")
+    write_import(manifest, tmp_path / "results" / "imported" / "elder.json")
+    monkeypatch.chdir(tmp_path)
+    for name in ("elder", "elder/all", "results/imported/elder.json"):
+        result = find_result(name)
+        assert (result.run, result.scheme) == ("elder", "all")
+    with pytest.raises(LayersenseError, match="elder/other: is no result"):
+        find_result("elder/other")
+    assert list(known_results("el")) == ["elder"]
 
 
 def test_exit_codes(tmp_path):

@@ -34,12 +34,19 @@ SEVERITIES = {"error": "Error", "warning": "Warning", "info": "Note"}
 def find_result(name: str) -> Result:
     """Read a result by its folder, its table, its manifest, or as ``run/scheme``.
 
+    What was imported is found by its name in the config, with or without its scheme.
+
     Raises:
         LayersenseError: there is none, or it cannot be read.
     """
     place = Path(name)
     if not place.exists():
         place = Path(paths.RESULTS) / name
+    run, _, scheme = name.partition("/")
+    if not place.exists() and (table := Path(paths.imported_layers(run))).is_file():
+        result = read_result(table)
+        if scheme in ("", result.scheme):
+            return result
     if place.is_dir():
         found = [place / "layers.parquet", place / "manifest.json"]
         place = next((file for file in found if file.exists()), place)
@@ -60,6 +67,9 @@ def known_results(start: str) -> Iterator[str]:
         name = table.parent.relative_to(folder).as_posix()
         if name.startswith(start):
             yield name
+    for table in sorted(folder.glob("imported/*.parquet")):
+        if table.stem.startswith(start):
+            yield table.stem
 
 
 def show(result: Result, sort: Sort, top: int, as_json: bool, console: Console) -> None:
