@@ -221,6 +221,15 @@ def test_a_budget_out_of_reach_names_the_lowest_and_what_limits_it():
     assert "40.9% of the searched weights" in message
     assert "exclude" in message
     assert quantized(decide(effective_bits=named, exclude=["lm_head"]))  # what it names, works
+    assert "data" not in message
+
+
+def test_a_budget_out_of_reach_for_want_of_data_says_so():
+    scores = sf.make_scores()
+    sf.set_reached(scores, "model.visual", "not_called")
+    with pytest.raises(LayersenseError, match="the calibration data never ran it") as error:
+        decide(scores, effective_bits=8)
+    assert "; give the run data that reaches them, raise effective_bits" in str(error.value)
 
 
 def test_a_format_that_was_not_measured_is_named():

@@ -573,12 +573,13 @@ def _unreachable(
     if scheme.target != "generic":
         title = TARGETS[scheme.target].title
         limits += f"{'; ' if limits else ''}with formats that {title} reads together"
+    data = "give the run data that reaches them, " if set(kept) & set(NOT_REACHED.values()) else ""
     # Rounded up, so that the number named can be asked for.
     reachable = ceil_digits(limit.used(lowest))
     return (
         f"{where}: {limit.asked:g} {limit.unit} cannot be met, the lowest reachable "
-        f"are {reachable:g} ({limits or 'the smallest format everywhere'}); raise "
-        f"{limit.key}, add a smaller format or loosen the scheme's constraints"
+        f"are {reachable:g} ({limits or 'the smallest format everywhere'}); {data}"
+        f"raise {limit.key}, add a smaller format or loosen the scheme's constraints"
     )
 
 
