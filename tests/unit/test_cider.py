@@ -30,6 +30,7 @@ from layersense.models.tasks.image_text_to_text import MOST_WRITTEN, write_capti
 from layersense.models.tasks.metrics import CiderD
 from layersense.models.tasks.protocol import IGNORED, Sampling
 from layersense.recipes.decide import build_manifest
+from layersense.recipes.quant_config import make_cache
 from layersense.scoring.in_progress import InProgress
 from layersense.validation import load_config
 from layersense.verification.job import Wanted, one_of_each_photograph, verify_run
@@ -114,6 +115,8 @@ def vlm(tmp_path_factory):
     checkpoint = resolve_folder(save_tiny_qwen2_5_vl(folder / "model"), "image-text-to-text")
     sampling = Sampling(max_length=128, modality="image_text")
     board, data = make_board("image-text-to-text", checkpoint, rows, sampling)
+    cache = make_cache("fp8", [name for names in board.modules.values() for name in names])
+    board.calibrate_cache(cache, data)
     loaded = data.task.load(checkpoint, dtype="float32", device="cpu")
     return board, data, loaded.processor, rows, sampling
 
@@ -146,8 +149,9 @@ def by_hand(vlm, model, batch):
 
 def test_captions_are_the_most_probable_token_each_time_whatever_the_batch(vlm):
     board, _, processor, _, _ = vlm
-    for switched in ({}, dict.fromkeys(board.modules, INT4)):
-        board.switch(switched)
+    int4 = dict.fromkeys(board.modules, INT4)
+    for switched, kv_cache in (({}, "none"), (int4, "none"), (int4, "fp8")):
+        board.switch(switched, kv_cache)
         model = board.model
         # Settings of the checkpoint that are not greedy do not count.
         model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0)
