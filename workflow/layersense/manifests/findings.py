@@ -353,8 +353,8 @@ def cut_blocks(evidence: Evidence) -> Iterator[Finding]:
             what=f"Under {_and(names)} a weight of {_count(modules, 'layer')} takes up to "
             f"{bits:.3g} bits with its scales, not the {billed:.4g} that are billed, because a row "
             f"is shorter than a block; the recipe quantizes {len(taken)} of {len(modules)} so.",
-            why="ModelOpt lays blocks along a weight's last axis: inputs of a linear layer, but the "
-            "width of the kernel of a convolution. More scales than are billed make the score "
+            why="ModelOpt lays blocks along a weight's last axis: inputs of a linear layer, but "
+            "the width of the kernel of a convolution. More scales than are billed make the score "
             "small, and a runtime may not have them.",
             fix="Leave these layers out (`exclude`), give the scheme a `target`, or take a format "
             "with a scale for each channel or tensor.",
