@@ -234,7 +234,7 @@ def test_batches_are_the_same_whatever_is_cached(
     task = ImageTextToText()
     cached = task.batches(vlm, rows, IMAGE_TEXT, 2)
     monkeypatch.setattr("layersense.models.tasks.image_text_to_text.CACHE_BYTES", 0)
-    anew = task.batches(vlm, rows, IMAGE_TEXT, 2)
+    anew = task.batches(replace(vlm, prepared={}), rows, IMAGE_TEXT, 2)
     assert len(cached) == len(anew) == 3
     for one, other in zip(cached, anew, strict=True):
         assert one.inputs.keys() == other.inputs.keys()
@@ -243,6 +243,27 @@ def test_batches_are_the_same_whatever_is_cached(
     assert anew[-1].n_samples == 1
     with pytest.raises(IndexError):
         anew[3]
+
+
+def test_a_row_is_prepared_once_for_all_batches_that_have_it(
+    vlm: Loaded, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, prepared = ImageTextToText(), []
+    prepare = ImageTextToText.prepare
+    monkeypatch.setattr(
+        ImageTextToText,
+        "prepare",
+        lambda self, *about: (prepared.append(about[1]), prepare(self, *about))[1],
+    )
+    loaded = replace(vlm, prepared={})
+    calibration = task.batches(loaded, rows, IMAGE_TEXT, 2)
+    assert prepared == rows
+    scoring = task.batches(loaded, rows[:3], IMAGE_TEXT, 1)
+    assert [batch.n_samples for batch in [*calibration, *scoring]] == [2, 2, 1, 1, 1, 1]
+    assert prepared == rows
+    # Other settings make other samples.
+    task.batches(loaded, rows[:1], replace(IMAGE_TEXT, prompt="What is this?"), 1)
+    assert prepared == [*rows, rows[0]]
 
 
 def test_a_moved_batch_shares_no_gradients(vlm: Loaded, rows: list[Row]) -> None:

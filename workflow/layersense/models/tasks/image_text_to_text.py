@@ -115,6 +115,9 @@ class ImageTextToText:
             size=lambda sample: sum(value.nbytes for value in sample.features.values()),
             collate=lambda samples: self.collate(loaded.processor, samples),
             cache_bytes=CACHE_BYTES,
+            # The rows that are scored are among those of the calibration; a batch may be split.
+            kept=loaded.prepared,
+            key=lambda index: (rows[index], sampling),
         )
 
     def frame(self, processor: Any, sampling: Sampling) -> Frame:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -102,6 +102,8 @@ class Loaded:
     """What was odd about the checkpoint, one sentence each."""
     describe: Callable[[Sequence[str]], LayerName] | None = None
     """Names layer groups instead of the task, where names of modules alone do not tell."""
+    prepared: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Samples that a task has prepared for the model, by what determines them."""
 
 
 class Metric(Protocol):

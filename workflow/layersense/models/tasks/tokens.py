@@ -1,6 +1,6 @@
 """What the tasks that predict the next token share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -90,6 +90,16 @@ class LazyBatches(Sequence[Batch], Generic[SampleT]):
 
     Every row is prepared once at the start, so that a bad row is told before any scoring. What
     fits into ``cache_bytes`` is kept, the rest is prepared anew whenever it is read.
+
+    Args:
+        n_rows: how many rows there are.
+        batch_size: samples of a batch.
+        prepare: makes a sample of a row.
+        size: bytes of a sample.
+        collate: makes a batch of samples.
+        cache_bytes: how much is kept of what nobody has kept before.
+        kept: where samples are kept, by ``key`` of the row; other batches may share it.
+        key: what determines a row's sample; its index, if nothing is shared.
     """
 
     def __init__(
@@ -101,15 +111,19 @@ class LazyBatches(Sequence[Batch], Generic[SampleT]):
         size: Callable[[SampleT], int],
         collate: Callable[[Sequence[SampleT]], Batch],
         cache_bytes: int,
+        kept: dict[Hashable, SampleT] | None = None,
+        key: Callable[[int], Hashable] = int,
     ) -> None:
         self._n_rows, self._batch_size = n_rows, batch_size
-        self._prepare, self._collate = prepare, collate
-        self._kept: dict[int, SampleT] = {}
+        self._prepare, self._collate, self._key = prepare, collate, key
+        self._kept = {} if kept is None else kept
         for index in range(n_rows):
+            if key(index) in self._kept:
+                continue
             sample = prepare(index)
             cache_bytes -= size(sample)
             if cache_bytes >= 0:
-                self._kept[index] = sample
+                self._kept[key(index)] = sample
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -121,9 +135,11 @@ class LazyBatches(Sequence[Batch], Generic[SampleT]):
             return [self[position] for position in range(*index.indices(len(self)))]
         position = range(len(self))[index]
         rows = range(self._n_rows)[position * self._batch_size :][: self._batch_size]
-        return self._collate(
-            [self._kept[row] if row in self._kept else self._prepare(row) for row in rows]
-        )
+        return self._collate([self._sample(row) for row in rows])
+
+    def _sample(self, row: int) -> SampleT:
+        sample = self._kept.get(self._key(row))
+        return self._prepare(row) if sample is None else sample
 
 
 def pad_right(tensors: Sequence[Tensor], value: int) -> Tensor:
