@@ -120,7 +120,6 @@ ONNX_WRITES: Mapping[str, Written] = {
 
 _LINEAR = ("Linear",)
 _ONNX_LAYERS = ("Linear", "Conv2d")
-_DETECTOR = "ForObjectDetection"
 _TRANSPOSED = ("Conv1D",)
 """Linear layers of GPT-2 and its like, which hold their weights transposed. ModelOpt turns them,
 and the exporter writes them so, quantized or not."""
@@ -205,11 +204,6 @@ def make_plan(
         raise LayersenseError(
             f"{where}: a model of task {task} is not exported; those of "
             f"{', '.join((*TASKS, *ONNX_TASKS))} are"
-        )
-    if task == "object-detection" and not manifest.model.architecture.endswith(_DETECTOR):
-        raise LayersenseError(
-            f"{where}: {manifest.model.architecture} takes a list of images, which no ONNX file "
-            f"does; detectors of transformers (…{_DETECTOR}) are exported"
         )
     for name, layer in manifest.layers.items():
         if layer.module_type in _TRANSPOSED:

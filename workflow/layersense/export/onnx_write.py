@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from layersense.errors import LayersenseError
 from layersense.export.allow import Plan
-from layersense.export.onnx_check import open_session, run_session
+from layersense.export.onnx_check import WRAPPED, open_session, run_session
 from layersense.export.store import ONNX_FILE, Expected, OnnxMetric
 from layersense.export.write import copy_others, no_space
 from layersense.manifests.schema import Manifest
@@ -26,6 +27,8 @@ OPSET = 20
 """From 19 on, `QuantizeLinear` takes 8-bit floats; 20 is the last that torch's tracing export
 writes."""
 OUTPUTS = ("logits", "pred_boxes")
+ROUNDING = 2**-22
+"""Relative change in the last digits of float32."""
 _TRT = {
     "TRT_FP8QuantizeLinear": "QuantizeLinear",
     "TRT_FP8DequantizeLinear": "DequantizeLinear",
@@ -36,30 +39,49 @@ class Inference(nn.Module):
     """A model of images without labels: tensors in, tensors out.
 
     Args:
-        model: a classifier, segmenter or detector of transformers, or a classifier or segmenter of
-            torchvision.
+        model: what the task loaded.
+        task: its task.
         inputs: names of its inputs, ``pixel_values`` first.
     """
 
-    def __init__(self, model: nn.Module, inputs: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, task: ImageTask, inputs: Sequence[str]) -> None:
         super().__init__()
-        self.model, self.inputs = model, tuple(inputs)
+        self.task, self.inputs = task, tuple(inputs)
+        self.add_module(WRAPPED, model)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return logits and, of a detector, boxes."""
-        if not hasattr(self.model, "config"):
-            output = self.model(*tensors)
-            return (output if isinstance(output, Tensor) else output["out"],)
-        output = self.model(**dict(zip(self.inputs, tensors, strict=True)))
-        found = (getattr(output, name, None) for name in OUTPUTS)
-        return tuple(tensor for tensor in found if tensor is not None)
+        """Return logits and, of a detector, boxes: center, width and height in shares."""
+        model = self.get_submodule(WRAPPED)
+        found = self.task.outputs_of(model, dict(zip(self.inputs, tensors, strict=True)))
+        return tuple(found[name] for name in OUTPUTS if name in found)
 
 
-def run(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def run(model: nn.Module, task: ImageTask, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a model's outputs by name, on the CPU in float32."""
     with torch.no_grad():
-        outputs = Inference(model, list(inputs))(*inputs.values())
+        outputs = Inference(model, task, list(inputs))(*inputs.values())
     return {name: tensor.float().cpu() for name, tensor in zip(OUTPUTS, outputs, strict=False)}
+
+
+@contextmanager
+def _rounded_otherwise(model: nn.Module) -> Iterator[None]:
+    """Change the outputs of all quantized layers in their last digits, as another runtime does."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+        return output * (1 + ROUNDING * signs.to(output.device))
+
+    hooks = [
+        module.register_forward_hook(change)
+        for module in model.modules()
+        if hasattr(module, "weight_quantizer")
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Heldout:
@@ -88,21 +110,25 @@ class Heldout:
             module.register_forward_hook(lambda *_, name=name: self.called.add(name))
             for name, module in loaded.model.named_modules()
         ]
-        self.before = [run(loaded.model, batch.inputs) for batch in self.batches]
+        self.before = [run(loaded.model, task, batch.inputs) for batch in self.batches]
         self.simulated: list[dict[str, Tensor]] = []
+        self.again: list[dict[str, Tensor]] = []
         for hook in hooks:
             hook.remove()
 
     def simulate(self, model: nn.Module) -> None:
-        """Keep what the quantized model makes of the images."""
-        self.simulated = [run(model, batch.inputs) for batch in self.batches]
+        """Keep what the quantized model makes of the images, then with another rounding."""
+        self.simulated = [run(model, self.task, batch.inputs) for batch in self.batches]
+        with _rounded_otherwise(model):
+            self.again = [run(model, self.task, batch.inputs) for batch in self.batches]
 
     def frames(self) -> Iterator[dict[str, Tensor]]:
         """Yield what :func:`layersense.export.onnx_check.check_onnx` compares, batch by batch."""
-        for batch, before, simulated in zip(self.batches, self.before, self.simulated, strict=True):
+        kinds = {"before": self.before, "simulated": self.simulated, "again": self.again}
+        for index, batch in enumerate(self.batches):
             frame = {f"input.{name}": tensor.cpu() for name, tensor in batch.inputs.items()}
-            frame |= {f"before.{name}": tensor for name, tensor in before.items()}
-            frame |= {f"simulated.{name}": tensor for name, tensor in simulated.items()}
+            for kind, outputs in kinds.items():
+                frame |= {f"{kind}.{name}": tensor for name, tensor in outputs[index].items()}
             yield frame
 
     def judge(self, file: Path) -> list[OnnxMetric]:
@@ -189,7 +215,7 @@ def expect(
     )
 
 
-def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
+def write_onnx(model: nn.Module, task: ImageTask, inputs: Mapping[str, Tensor], file: Path) -> None:
     """Write a quantized model: any number of images, all of the size of those in ``inputs``.
 
     ModelOpt's quantizers become Q/DQ nodes; those of 8-bit floats, which it writes as nodes of
@@ -198,7 +224,7 @@ def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> No
     Raises:
         LayersenseError: torch cannot trace the model.
     """
-    wrapped = Inference(model, list(inputs)).eval()
+    wrapped = Inference(model, task, list(inputs)).eval()
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -254,7 +280,7 @@ def write_folder(model: nn.Module, heldout: Heldout, folder: Path, checkpoint: C
         LayersenseError: torch cannot trace the model, or the disk is full.
     """
     try:
-        write_onnx(model, heldout.batches[0].inputs, folder / ONNX_FILE)
+        write_onnx(model, heldout.task, heldout.batches[0].inputs, folder / ONNX_FILE)
         made = ("model.safetensors.index.json",)
         copy_others(Path(checkpoint.path), folder, made, code=checkpoint.trust_remote_code)
     except OSError as error:

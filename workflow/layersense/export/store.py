@@ -51,6 +51,8 @@ class OnnxChecked(msgspec.Struct, kw_only=True):
     """Share of positions (images, pixels, or queries of a detector) with the same first choice."""
     distance: float
     """Σ |onnx − simulated| / Σ |unquantized − simulated| over all outputs."""
+    noise: float
+    """The same of the simulated model itself, where each layer rounds otherwise."""
     largest: float
     """Largest difference from the simulated outputs."""
 

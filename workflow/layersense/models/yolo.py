@@ -13,7 +13,8 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,11 +23,8 @@ from torch import Tensor, nn
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
 from layersense.models.loading import first_line, load_weights, write_weights
-from layersense.models.tasks.detections import Detected, from_middles
+from layersense.models.tasks.detections import Detected, from_middles, sort_out
 from layersense.quantization.layers import LayerName, describe_image_layer
-
-if TYPE_CHECKING:
-    from layersense.models.tasks.protocol import Batch
 
 GREY = 114 / 255
 """What ultralytics fills up images with."""
@@ -160,13 +158,13 @@ def _check_network(checkpoint: Checkpoint, network: dict[str, Any]) -> None:
         )
 
 
-def forward(model: Any, batch: Batch) -> Detected:
+def forward(model: Any, pixels: Tensor) -> Detected:
     """Run a detector in eval mode.
 
     In eval mode the one-to-one head of an end-to-end model, which is what is deployed, hands its
     gradient on to the neck; training keeps it from that.
     """
-    decoded, outputs = model(batch.inputs["pixel_values"])
+    decoded, outputs = model(pixels)
     criterion = model.init_criterion()
 
     def one(index: int, target: dict[str, Tensor]) -> Tensor:
@@ -179,15 +177,33 @@ def forward(model: Any, batch: Batch) -> Detected:
         loss: Tensor = criterion(_cut(outputs, index), sample)[0]
         return loss.float().sum()
 
-    # Of two heads, that which is deployed.
-    deployed = outputs.get("one2one", outputs)
-    height, width = batch.inputs["pixel_values"].shape[-2:]
+    # Of two heads, that which the model answers by.
+    head = model.model[-1]
+    deployed = outputs
+    if "one2many" in outputs:
+        deployed = outputs["one2one" if head.end2end else "one2many"]
+    if head.end2end:
+        decoded = head._inference(deployed)  # instead of the best of them
+    height, width = pixels.shape[-2:]
     return Detected(
         loss=one,
         logits=deployed["scores"].transpose(1, 2),
         boxes=partial(_boxes, decoded, height, width),
         raw=decoded,
     )
+
+
+def refuse_two_heads(model: Any) -> None:
+    """Refuse a model that has a head for training beside that which it answers by.
+
+    Raises:
+        LayersenseError: it has.
+    """
+    if getattr(model.model[-1], "one2one_cv2", None) is not None:
+        raise LayersenseError(
+            "a YOLO of two heads (one to one, one to many) is not exported: the file would hold "
+            "one of them, and the recipe quantizes both; leave `export` of the run out"
+        )
 
 
 def _boxes(decoded: Tensor, height: int, width: int) -> Tensor:
@@ -197,6 +213,8 @@ def _boxes(decoded: Tensor, height: int, width: int) -> Tensor:
 
 def found(output: Detected, size: tuple[int, int]) -> list[dict[str, Tensor]]:
     """Sort out as ultralytics does to validate: scores above 0.001, IoU of neighbours up to 0.7."""
+    if isinstance(output.raw, SimpleNamespace):  # of a file
+        return sort_out(output, size, 0.001, 0.7)
     from ultralytics.utils.nms import non_max_suppression
 
     rows = non_max_suppression(output.raw, conf_thres=0.001, iou_thres=0.7, max_det=300)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torchvision.ops import generalized_box_iou_loss
+from torchvision.ops import batched_nms, clip_boxes_to_image, generalized_box_iou_loss
 
 from layersense.models.tasks.images import yes_or_no
 from layersense.models.tasks.metrics import Floats, ratio
@@ -93,6 +93,43 @@ def from_middles(boxes: Tensor) -> Tensor:
     """Return boxes by their corners for boxes by center, width and height."""
     middle, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([middle - half, middle + half], dim=-1)
+
+
+def to_middles(boxes: Tensor) -> Tensor:
+    """Return boxes by center, width and height for boxes by their corners."""
+    first, last = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(first + last) / 2, last - first], dim=-1)
+
+
+def sort_out(
+    output: Detected,
+    size: tuple[int, int],
+    least: float,
+    overlap: float,
+    nothing: int | None = None,
+) -> list[dict[str, Tensor]]:
+    """Return what is found, from class logits and boxes alone.
+
+    Args:
+        output: what a model, or a file of it, says of each position.
+        size: height and width of the images.
+        least: score from which on a position counts.
+        overlap: intersection over union above which the worse of two boxes of a class is dropped.
+        nothing: the class that stands for "nothing"; None where classes are yes or no.
+    """
+    height, width = size
+    logits = output.logits.float()
+    scores = logits.sigmoid() if nothing is None else logits.softmax(dim=-1)
+    if nothing is not None:
+        scores[..., nothing] = 0
+    found = []
+    corners = output.boxes() * torch.tensor([width, height] * 2)
+    for each, boxes in zip(scores, clip_boxes_to_image(corners, size), strict=True):
+        positions, labels = torch.nonzero(each > least, as_tuple=True)
+        there, sure = boxes[positions], each[positions, labels]
+        kept = batched_nms(there, sure, labels, overlap)[:MOST]
+        found.append({"boxes": there[kept], "scores": sure[kept], "labels": labels[kept]})
+    return found
 
 
 class AveragePrecision:

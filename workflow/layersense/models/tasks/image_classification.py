@@ -135,10 +135,13 @@ class ImageClassification:
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """Run the model on the batch; return its logits, shape (B, classes)."""
-        pixels = batch.inputs["pixel_values"]
-        if hasattr(model, "config"):
-            return model(pixel_values=pixels).logits
-        return model(pixels)
+        return self.outputs_of(model, batch.inputs)["logits"]
+
+    def outputs_of(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the model without labels; return its ``logits``."""
+        pixels = inputs["pixel_values"]
+        logits = model(pixel_values=pixels).logits if hasattr(model, "config") else model(pixels)
+        return {"logits": logits}
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Return the (binary) cross entropy of each photograph, summed, in nats."""

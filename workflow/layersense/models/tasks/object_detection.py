@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from layersense.errors import LayersenseError
 from layersense.models import yolo
@@ -23,6 +24,8 @@ from layersense.models.tasks.detections import (
     box_damage,
     distributions,
     from_middles,
+    sort_out,
+    to_middles,
 )
 from layersense.models.tasks.images import (
     classes_by_name,
@@ -124,8 +127,8 @@ class ObjectDetection:
             processor = load_image_processor(checkpoint)
             masked = "pixel_mask" in processor.model_input_names
             prepare: Any = partial(_by_processor, processor)
-            sort_out = getattr(processor, "post_process_object_detection", None)
-            find = None if sort_out is None else partial(_found_by_processor, sort_out)
+            sorts = getattr(processor, "post_process_object_detection", None)
+            find = None if sorts is None else partial(_found_by_processor, sorts)
             detector = Detector(labels_of(own.config), prepare, masked=masked, find=find)
             return Loaded(model, detector, checkpoint.id, warnings)
         classes = classes_by_name(enumerate(config["categories"]))
@@ -164,7 +167,7 @@ class ObjectDetection:
     def forward(self, model: nn.Module, batch: Batch) -> Detected:
         """Run the model on the batch; what its loss reads is kept in the result."""
         if kind := _KINDS.get(type(model).__name__):
-            return kind(model, batch)
+            return kind(model, batch.inputs["pixel_values"])
         own: Any = model
         output = own(**batch.inputs, labels=list(batch.targets))
         return _detected(output.loss, output.logits, output.pred_boxes, own.config.num_labels)
@@ -189,6 +192,20 @@ class ObjectDetection:
     def same_choices(self) -> SameQueries:
         """Return what lets a model choose the same queries again."""
         return SameQueries()
+
+    def outputs_of(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the model without labels; return ``logits`` and ``pred_boxes``.
+
+        Raises:
+            LayersenseError: it is a YOLO of two heads.
+        """
+        if type(model).__name__ == "DetectionModel":
+            yolo.refuse_two_heads(model)
+        if kind := _KINDS.get(type(model).__name__):
+            output = kind(model, inputs["pixel_values"])
+            return {"logits": output.logits, "pred_boxes": to_middles(output.boxes())}
+        found = model(**inputs)
+        return {"logits": found.logits, "pred_boxes": found.pred_boxes}
 
     def output_of(self, outputs: Mapping[str, Tensor]) -> Detected:
         """Return what an exported file of a detector finds, without a loss."""
@@ -328,10 +345,10 @@ def _detected(loss: Any, logits: Tensor, boxes: Tensor, classes: int | None = No
 
 
 def _found_by_processor(
-    sort_out: Any, output: Detected, size: tuple[int, int]
+    own: Any, output: Detected, size: tuple[int, int]
 ) -> list[dict[str, Tensor]]:
     """Sort out as a checkpoint's processor does, whatever the score."""
-    found: list[dict[str, Tensor]] = sort_out(
+    found: list[dict[str, Tensor]] = own(
         output.raw, threshold=0.0, target_sizes=[size] * len(output.logits)
     )
     return found
@@ -405,11 +422,10 @@ class _Dense:
     loss: Callable[[Any, dict[str, Tensor], dict[str, Tensor], list[Tensor], list[int]], Any]
     """Of the model, one target, one image's head outputs, its anchors, anchors of each level."""
 
-    def __call__(self, model: Any, batch: Batch) -> Detected:
+    def __call__(self, model: Any, pixels: Tensor) -> Detected:
         """Run backbone and heads."""
         from torchvision.models.detection.image_list import ImageList
 
-        pixels = batch.inputs["pixel_values"]
         features = model.backbone(pixels)
         levels = [features] if isinstance(features, Tensor) else list(features.values())
         heads = model.head(levels)
@@ -424,11 +440,23 @@ class _Dense:
 
         return Detected(
             loss=one,
-            logits=heads["cls_logits"],
+            logits=_scored(heads),
             boxes=partial(_decoded, model, heads["bbox_regression"], anchors, sizes[0]),
             raw=(heads, anchors, per_level),
             nothing=0 if type(model).__name__ == "SSD" else None,
         )
+
+
+def _scored(heads: Mapping[str, Tensor]) -> Tensor:
+    """Return the logits by which a model ranks what it finds.
+
+    FCOS ranks by the root of two probabilities, of the class and of being in its middle.
+    """
+    logits = heads["cls_logits"]
+    if "bbox_ctrness" not in heads:
+        return logits
+    sure = (logsigmoid(logits.float()) + logsigmoid(heads["bbox_ctrness"].float())) / 2
+    return sure - torch.log1p(-sure.exp().clamp(max=1 - 2**-24))
 
 
 def _decoded(
@@ -436,17 +464,21 @@ def _decoded(
 ) -> Tensor:
     """Return what the heads say of each anchor as boxes, in shares of the image."""
     coder = model.box_coder
-    # That of FCOS goes by distances, and takes a batch.
+    # All images are of one size, and so are their anchors. The coder of FCOS goes by distances.
     decode = getattr(coder, "decode_single", coder.decode)
-    boxes = [decode(own, there) for own, there in zip(regression.float(), anchors, strict=True)]
+    there = anchors[0].expand(regression.shape[0], -1, -1)
+    boxes: Tensor = decode(regression.float().flatten(0, 1), there.flatten(0, 1))
     scale = torch.tensor([size[1], size[0]] * 2, device=regression.device)
-    return torch.stack(boxes) / scale
+    return boxes.reshape(regression.shape) / scale
 
 
 def _found_by_torchvision(
     model: Any, output: Detected, size: tuple[int, int]
 ) -> list[dict[str, Tensor]]:
-    """Sort out as a model of torchvision does after its heads."""
+    """Sort out as a model of torchvision does after its heads; what a file found, all at once."""
+    if isinstance(output.raw, SimpleNamespace):
+        nothing = 0 if type(model).__name__ == "SSD" else None
+        return sort_out(output, size, model.score_thresh, model.nms_thresh, nothing)
     heads, anchors, per_level = output.raw
     if type(model).__name__ != "SSD":  # the others sort level by level
         each = heads["cls_logits"].shape[1] // sum(per_level)
@@ -489,7 +521,7 @@ _DENSE = {
     "FCOS": _Dense(_fcos_loss),
     "SSD": _Dense(_ssd_loss),
 }
-_KINDS: dict[str, Callable[[Any, Batch], Detected]] = {**_DENSE, "DetectionModel": yolo.forward}
+_KINDS: dict[str, Callable[[Any, Tensor], Detected]] = {**_DENSE, "DetectionModel": yolo.forward}
 """Class → what runs a model that is none of transformers."""
 
 

@@ -258,6 +258,12 @@ class Task(Protocol):
 class ImageTask(Task, Protocol):
     """A task whose models are written as ONNX."""
 
+    def outputs_of(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run a model without labels: ``logits`` and, of a detector, ``pred_boxes``.
+
+        Boxes are center, width and height, in shares of the image.
+        """
+
     def output_of(self, outputs: Mapping[str, Tensor]) -> Any:
         """Return what ``forward`` would, for the ``logits`` and ``pred_boxes`` of such a file."""
 

@@ -141,6 +141,13 @@ class SemanticSegmentation:
         output = model(pixels)
         return [output[key] for key in ("out", "aux") if key in output]
 
+    def outputs_of(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the model without labels; return its main ``logits``."""
+        pixels = inputs["pixel_values"]
+        if hasattr(model, "config"):
+            return {"logits": model(pixel_values=pixels).logits}
+        return {"logits": model(pixels)["out"]}
+
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Return each photograph's mean cross entropy over its supervised pixels, summed."""
         total = batch.labels.new_zeros((), dtype=torch.float32)
