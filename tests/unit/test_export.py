@@ -853,7 +853,7 @@ def test_detectors_of_other_libraries_are_written_as_onnx(family, tmp_path_facto
     exported = shop.export(tmp_path)
     found = exported.checked.onnx
     assert found.distance < max(0.1, 3 * found.noise)
-    assert exported.metric.name == "mAP@[.5:.95]"
+    assert [metric.name for metric in exported.metrics] == ["mAP@[.5:.95]"]
     # The file alone, against the model before it was quantized: boxes of the same places.
     session = onnxruntime.InferenceSession(str(tmp_path / "checkpoint/model.onnx"))
     task = get_task("object-detection")
