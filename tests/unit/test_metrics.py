@@ -168,3 +168,18 @@ def test_a_file_of_before_there_were_metrics_lacks_its_recipes_alone():
     entry.damage.metrics_version = METRICS_VERSION - 1
     assert len(wanted.missing_recipes(old)) == 1
     assert wanted.missing_singles(old) == []
+
+
+def test_resamples_with_nothing_to_judge_are_left_out_of_an_interval():
+    """Three photographs, one of which has a box: where it is not drawn there is no precision."""
+
+    class Sometimes:
+        name, unit, higher_is_better = "mAP", "share", True
+
+        def values(self, records, counts):
+            there = counts @ np.array([record is not None for record in records])
+            return np.where(there > 0, 0.5, np.nan)
+
+    told = Judge(Sometimes(), [None, 1, None]).of([None, 1, None])
+    assert (told.value, told.low, told.high) == (0.5, 0.5, 0.5)
+    assert (told.difference, told.difference_low, told.difference_high) == (0.0, 0.0, 0.0)

@@ -69,7 +69,11 @@ def selections(photographs: Sequence[int]) -> Floats:
 
 
 def _told(values: Floats) -> tuple[float | None, float | None, float | None]:
-    """Return the first value, and the 95 % interval of the others; None where not finite."""
-    low, high = np.percentile(values[1:], [LOW, HIGH]) if len(values) > 1 else (np.nan, np.nan)
+    """Return the first value, and the 95 % interval of the others; None where not finite.
+
+    A resample that holds nothing to judge, such as photographs without a box, is left out.
+    """
+    drawn = values[1:][np.isfinite(values[1:])]
+    low, high = np.percentile(drawn, [LOW, HIGH]) if len(drawn) else (np.nan, np.nan)
     value, low, high = (float(one) if np.isfinite(one) else None for one in (values[0], low, high))
     return value, low, high
