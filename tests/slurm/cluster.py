@@ -12,6 +12,7 @@ import socket
 import stat
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -89,6 +90,8 @@ class Cluster:
         self.folder = folder
         self.host = socket.gethostname().partition(".")[0]
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._stopping = threading.Event()
+        self._supervisor = threading.Thread(target=self._supervise, daemon=True)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -143,6 +146,7 @@ class Cluster:
         self._wait((self.folder / "munge.socket").exists, "munged")
         self._start("slurmctld", "-D", "-i")
         self._wait(lambda: self.ask("scontrol", "ping").returncode == 0, "slurmctld")
+        self._supervisor.start()
         self.start_slurmd()
 
     def start_slurmd(self) -> None:
@@ -177,7 +181,11 @@ class Cluster:
         """Cancel what runs and stop the daemons that were started here."""
         if "slurmctld" in self._running:
             self.ask("scancel", "--full", "--user=root")
-            self._until(lambda: not self.jobs("RUNNING", "COMPLETING"), 15)
+            with suppress(RuntimeError):
+                self._until(lambda: not self.jobs("RUNNING", "COMPLETING"), 15)
+        self._stopping.set()
+        if self._supervisor.is_alive():
+            self._supervisor.join()
         for name in reversed(list(self._running)):
             process = self._running.pop(name)
             process.terminate()
@@ -237,6 +245,15 @@ class Cluster:
                 # Its own session: a Ctrl-C at pytest reaches the fixture, which stops it in order.
                 start_new_session=True,
             )
+
+    def _supervise(self) -> None:
+        """Start the controller again when it crashes, as systemd does on a real cluster.
+
+        Debian 12's crashes at times when it is asked for a job that it put back into the queue.
+        """
+        while not self._stopping.wait(0.5):
+            if self._running["slurmctld"].poll() is not None:
+                self._start("slurmctld", "-D", "-i")
 
     def _wait(self, condition: Callable[[], bool], name: str) -> None:
         if not self._until(condition, PATIENCE):

@@ -360,7 +360,7 @@ def test_a_killed_submitter_and_its_successor(night: Night, done_study: Project)
 def test_a_dead_node(night: Night, done_study: Project) -> None:
     story = night(dead_node)
     first, *others = story.rules("score")
-    assert first["Restarts"] == "1"  # put back into the queue by SLURM
+    assert int(first["Restarts"]) >= 1  # put back into the queue by SLURM
     # A node that is just back may refuse it; then Snakemake submits it again.
     assert len(others) <= 1
     assert (others or [first])[0]["JobState"] == "COMPLETED"
