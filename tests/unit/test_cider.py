@@ -123,7 +123,8 @@ def vlm(tmp_path_factory):
 
 def batches(vlm, size):
     _, data, processor, rows, sampling = vlm
-    return data.task.batches(SimpleNamespace(processor=processor), rows, sampling, size)
+    loaded = SimpleNamespace(processor=processor, prepared={})
+    return data.task.batches(loaded, rows, sampling, size)
 
 
 @torch.no_grad()

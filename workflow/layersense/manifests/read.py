@@ -430,7 +430,8 @@ def _foreign_problems(content: dict[str, Any]) -> Iterator[str]:
         if not isinstance(content.get(key), dict):
             yield f"key {key} is missing or no object, so this is no manifest of any generation"
             return
-    yield from _scheme_problems(content["scheme"])
+    scheme_problems = list(_scheme_problems(content["scheme"]))
+    yield from scheme_problems
     state = content.get("autoquant_state")
     if state is not None and not isinstance(state, dict):
         yield "autoquant_state: expected an object"
@@ -444,7 +445,7 @@ def _foreign_problems(content: dict[str, Any]) -> Iterator[str]:
     if not content["layer_sensitivity"]:
         yield "layer_sensitivity holds no layer group; expected one at least"
     handles: dict[str, str] = {}
-    sound = True
+    sound = not scheme_problems
     for handle, group in content["layer_sensitivity"].items():
         problem = _group_problem(group)
         sound = sound and not problem
