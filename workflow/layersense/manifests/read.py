@@ -205,8 +205,8 @@ def _load(path: str | Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise LayersenseError(
-            f"{path}: cannot be read as JSON ({error}); if it came from elsewhere, copy it again; "
-            "if the workflow wrote it, delete it and run `snakemake` again"
+            f"{path}: cannot be read as JSON ({error}); delete it and run `snakemake` again if the "
+            "workflow wrote it, or copy it again if it came from elsewhere"
         ) from error
     if not isinstance(content, dict):
         raise LayersenseError(f"{path}: expected a JSON object, found a {type(content).__name__}")
