@@ -110,11 +110,13 @@ class Heldout:
             module.register_forward_hook(lambda *_, name=name: self.called.add(name))
             for name, module in loaded.model.named_modules()
         ]
-        self.before = [run(loaded.model, task, batch.inputs) for batch in self.batches]
+        try:
+            self.before = [run(loaded.model, task, batch.inputs) for batch in self.batches]
+        finally:
+            for hook in hooks:
+                hook.remove()
         self.simulated: list[dict[str, Tensor]] = []
         self.again: list[dict[str, Tensor]] = []
-        for hook in hooks:
-            hook.remove()
 
     def simulate(self, model: nn.Module) -> None:
         """Keep what the quantized model makes of the images, then with another rounding."""
