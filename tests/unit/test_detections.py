@@ -1,6 +1,7 @@
 """What detectors find, by hand: average precision, divergence, the same queries again."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from layersense.calibration.database import open_database
 from layersense.manifests.schema import encode_manifest
 from layersense.models.tasks import get_task
 from layersense.models.tasks.detections import (
+    CROWD,
     AveragePrecision,
     Detected,
     SameQueries,
@@ -38,8 +40,11 @@ RUN = {"modality": "image_boxes", "calibration_samples": 8, "score_samples": 4, 
 # --- average precision ---
 
 
-def precision(found, truth):
-    """AP of photographs of 200 × 100 pixels: what is found (corners, class, score), what is so."""
+def precision(found, truth, crowds=()):
+    """AP of photographs of 200 × 100 pixels: what is found (corners, class, score), what is so.
+
+    ``crowds`` are of the first photograph.
+    """
     answers = [
         {
             "boxes": torch.tensor([row[:4] for row in rows], dtype=torch.float32).reshape(-1, 4),
@@ -48,13 +53,14 @@ def precision(found, truth):
         }
         for rows in found
     ]
-    targets = tuple(
-        {
-            "boxes": torch.tensor([row[:4] for row in rows], dtype=torch.float32).reshape(-1, 4),
-            "labels": torch.tensor([row[4] for row in rows], dtype=torch.int64),
-        }
-        for rows in truth
-    )
+
+    def target(rows):
+        boxes = torch.tensor([row[:4] for row in rows], dtype=torch.float32).reshape(-1, 4)
+        return {"boxes": boxes, "labels": torch.tensor([row[4] for row in rows], dtype=torch.int64)}
+
+    targets = tuple(target(rows) for rows in truth)
+    if crowds:
+        targets[0].update((CROWD + key, value) for key, value in target(crowds).items())
     sizes = []
 
     def find(output, size):
@@ -98,18 +104,30 @@ def test_classes_count_alike_and_those_of_no_photograph_not_at_all():
     assert math.isnan(precision([[[*BOX, 1, 0.9]]], [[]]))
 
 
+def test_what_is_found_in_a_crowd_is_neither_right_nor_wrong():
+    crowd = [100.0, 0.0, 200.0, 100.0, 3]
+    found = [
+        [[110.0, 20.0, 140.0, 90.0, 3, 0.9], [150.0, 20.0, 180.0, 90.0, 3, 0.8], [*BOX, 3, 0.7]]
+    ]
+    truth = [[[*BOX, 3]]]
+    assert precision(found, truth) == pytest.approx(1 / 3)
+    assert precision(found, truth, [crowd]) == pytest.approx(1.0)
+    assert precision(found, truth, [[*crowd[:4], 7]]) == pytest.approx(1 / 3)
+    assert math.isnan(precision(found, [[]], [crowd]))
+
+
 def by_pycocotools(records):
     """AP as pycocotools itself tells it."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     truth, found = COCO(), []
-    classes = {row[-1] for _, rows in records for row in rows}
+    classes = {row[4] for _, rows in records for row in rows}
     annotations = []
     for image, (boxes, rows) in enumerate(records):
-        for *box, number in rows:
+        for *box, number, crowd in rows:
             annotations.append(
-                {"image_id": image, "bbox": box, "category_id": number, "iscrowd": 0,
+                {"image_id": image, "bbox": box, "category_id": number, "iscrowd": crowd,
                  "area": box[2] * box[3], "id": len(annotations) + 1}
             )  # fmt: skip
         found += [
@@ -136,7 +154,7 @@ def test_a_resample_is_what_pycocotools_says_of_photographs_repeated(seed):
     records = []
     for _ in range(6):
         truth = [
-            [*generator.uniform(0, 50, 2), *generator.uniform(20, 60, 2), int(number)]
+            [*generator.uniform(0, 50, 2), *generator.uniform(20, 60, 2), int(number), 0]
             for number in generator.integers(1, 4, size=generator.integers(0, 5))
         ]
         found = [
@@ -147,7 +165,8 @@ def test_a_resample_is_what_pycocotools_says_of_photographs_repeated(seed):
             [*generator.uniform(0, 50, 2), 30.0, 30.0, int(number), generator.uniform()]
             for number in generator.integers(1, 6, size=3)
         ]
-        records.append([found, truth])
+        crowd = [*generator.uniform(0, 50, 2), 60.0, 60.0, int(generator.integers(1, 7)), 1]
+        records.append([found, [*truth, crowd]])
     draws = generator.integers(0, 6, size=(8, 6))
     counts = np.array([np.ones(6), *(np.bincount(draw, minlength=6) for draw in draws)])
     values = AveragePrecision(None).values(records, counts)
@@ -283,6 +302,38 @@ def loaded_with_batch(folder, name, photographs):
         rows = database.rows("image", "calibration", limit=photographs)
     (batch,) = task.batches(loaded, rows, Sampling(0, "image_boxes"), photographs)
     return task, loaded, batch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["yolos", "ssdlite", "yolo"])
+def test_crowds_are_resized_as_objects_are_and_read_by_no_loss(name, shared):
+    task, loaded, _ = loaded_with_batch(shared, name, 1)
+    with open_database(sample_database(shared)) as database:
+        rows = database.rows("image", "calibration", limit=2)
+    alone, _ = rows
+    assert alone.objects
+    crowded = replace(
+        alone, objects=alone.objects + tuple(replace(o, is_crowd=True) for o in alone.objects)
+    )
+    # Beside another photograph, so that both are padded.
+    before, after = (
+        task.batches(loaded, [row, rows[1]], Sampling(0, "image_boxes"), 2)[0]
+        for row in (alone, crowded)
+    )
+    target = after.targets[0]
+    for key, value in before.targets[0].items():
+        assert torch.equal(target[key], value)
+        assert torch.equal(target[CROWD + key], value)
+    with torch.no_grad():
+        output = task.forward(loaded.model, after)
+        assert torch.equal(task.loss(output, after), task.loss(output, before))
+    records = AveragePrecision(lambda *_: [{
+        "boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0),
+    }] * 2).records(output, output.logits, after)  # fmt: skip
+    truth = records[0][1]
+    half = len(truth) // 2
+    assert [row[5] for row in truth] == [0] * half + [1] * half
+    assert [row[:5] for row in truth[:half]] == [row[:5] for row in truth[half:]]
 
 
 @pytest.mark.slow

@@ -28,6 +28,8 @@ RECALLS = np.linspace(0, 1, 101)
 """Levels of recall at which COCO reads the precision."""
 MOST = 100
 """Detections of a photograph that count, as COCO has it."""
+CROWD = "crowd_"
+"""What the keys of a target begin with that are about crowds; no loss reads them."""
 _TOPK = (torch.topk, Tensor.topk)
 
 
@@ -135,9 +137,10 @@ def sort_out(
 class AveragePrecision:
     """COCO's AP: the mean over classes and IoU thresholds 0.5, 0.55 … 0.95, by pycocotools.
 
-    At most :data:`MOST` boxes of a photograph count. Crowds, boxes without area and classes that
-    the model does not have are left out, as they are of its loss. Boxes are compared on the image
-    as the model sees it: resizing changes no intersection over union.
+    At most :data:`MOST` boxes of a photograph count. Boxes without area and classes that the model
+    does not have are left out, as they are of its loss. What is found in a crowd is neither right
+    nor wrong. Boxes are compared on the image as the model sees it: resizing changes no
+    intersection over union.
     """
 
     name = "mAP@[.5:.95]"
@@ -148,7 +151,11 @@ class AveragePrecision:
         self._find = find
 
     def records(self, output: Any, logits: Tensor, batch: Batch) -> list[Any]:
-        """Return two lists of each photograph: [x, y, w, h, class, score], [x, y, w, h, class]."""
+        """Return two lists of each photograph: what is found, and what is there.
+
+        Returns:
+            Rows of ``[x, y, w, h, class, score]``, and of ``[x, y, w, h, class, is a crowd]``.
+        """
         height, width = batch.inputs["pixel_values"].shape[-2:]
         records = []
         for found, target in zip(self._find(output, (height, width)), batch.targets, strict=True):
@@ -161,9 +168,7 @@ class AveragePrecision:
                 ],
                 dim=1,
             )
-            true, classes = _corners(target, height, width)
-            truth = torch.cat([_sides(true), classes.float()[:, None]], dim=1)
-            records.append([rows.tolist(), truth.tolist()])
+            records.append([rows.tolist(), _truth(target, height, width).tolist()])
         return records
 
     def values(self, records: Sequence[Any], counts: Floats) -> Floats:
@@ -173,34 +178,38 @@ class AveragePrecision:
         photograph as often as it counts, for all rows of ``counts`` together: the precision at 101
         levels of recall is the best one at that recall or above.
         """
-        true = {int(row[-1]) for _, truth in records for row in truth}
+        objects = [[int(row[4]) for row in truth if not row[5]] for _, truth in records]
+        true = sorted({number for numbers in objects for number in numbers})
         total, classes = np.zeros(len(counts)), np.zeros(len(counts))
-        for number, (images, hits) in _matches(records, sorted(true)).items():
-            objects = [sum(row[-1] == number for row in truth) for _, truth in records]
-            wanted = counts @ np.array(objects, dtype=float)
+        for number, matches in _matches(records, true).items():
+            wanted = counts @ np.array([numbers.count(number) for numbers in objects], dtype=float)
             there = wanted > 0
-            precision = _precision(counts[there][:, images], hits, wanted[there])
-            total[there] += precision
+            total[there] += _precision(counts[there], matches, wanted[there])
             classes[there] += 1
         return ratio(total, classes)
 
 
-def _matches(
-    records: Sequence[Any], classes: Sequence[int]
-) -> dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]]:
-    """Return which boxes hit, by class, from the most probable to the least.
+@dataclass(frozen=True)
+class _Matches:
+    """The boxes of a class that were found, from the most probable to the least."""
 
-    Returns:
-        class → number of the photograph of each box that was found, shape (boxes,); whether it
-        hits at each IoU threshold, shape (thresholds, boxes).
-    """
+    images: npt.NDArray[np.int64]
+    """Number of each box's photograph, shape (boxes,)."""
+    right: npt.NDArray[np.bool_]
+    """Whether it hits an object at each IoU threshold, shape (thresholds, boxes)."""
+    counted: npt.NDArray[np.bool_]
+    """Whether it is right or wrong there, and not in a crowd, of the same shape."""
+
+
+def _matches(records: Sequence[Any], classes: Sequence[int]) -> dict[int, _Matches]:
+    """Return which boxes hit, by class."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     truth = [
-        {"image_id": image, "bbox": box, "category_id": int(number), "iscrowd": 0,
+        {"image_id": image, "bbox": box, "category_id": int(number), "iscrowd": int(crowd),
          "area": box[2] * box[3], "id": index}
-        for index, (image, (*box, number)) in enumerate(
+        for index, (image, (*box, number, crowd)) in enumerate(
             ((image, row) for image, (_, rows) in enumerate(records) for row in rows), start=1
         )
     ]  # fmt: skip
@@ -211,7 +220,8 @@ def _matches(
         for *box, number, score in rows
         if int(number) in classes and all(map(math.isfinite, (*box, score)))
     ]
-    nothing = np.zeros(0, dtype=np.int64), np.zeros((len(THRESHOLDS), 0), dtype=bool)
+    none = np.zeros((len(THRESHOLDS), 0), dtype=bool)
+    nothing = _Matches(np.zeros(0, dtype=np.int64), none, none)
     if not found:
         return dict.fromkeys(classes, nothing)
     with redirect_stdout(io.StringIO()):
@@ -236,35 +246,53 @@ def _matches(
         scores = np.concatenate([one["dtScores"] for one in seen])
         order = np.argsort(-scores, kind="stable")
         images = np.concatenate([[one["image_id"]] * len(one["dtScores"]) for one in seen])
-        hits = np.concatenate([one["dtMatches"] for one in seen], axis=1) > 0
-        result[number] = images.astype(np.int64)[order], hits[:, order]
+        hit = np.concatenate([one["dtMatches"] for one in seen], axis=1) > 0
+        counted = ~np.concatenate([one["dtIgnore"] for one in seen], axis=1).astype(bool)
+        result[number] = _Matches(
+            images.astype(np.int64)[order], (hit & counted)[:, order], counted[:, order]
+        )
     return result
 
 
-def _precision(weights: Floats, hits: npt.NDArray[np.bool_], wanted: Floats) -> Floats:
+def _precision(counts: Floats, matches: _Matches, wanted: Floats) -> Floats:
     """Return the mean precision over thresholds and levels of recall, shape (n,).
 
     Args:
-        weights: how often each box counts, shape (n, boxes).
-        hits: whether it hits, shape (thresholds, boxes).
+        counts: how often each photograph counts, shape (n, photographs).
+        matches: the boxes that were found.
         wanted: objects that are there, shape (n,).
     """
-    total = np.zeros(len(weights))
-    if not hits.shape[1]:
+    total = np.zeros(len(counts))
+    if not len(matches.images):
         return total
-    found = weights.cumsum(axis=1)
-    for hit in hits:
-        right = (weights * hit).cumsum(axis=1)
+    weights = counts[:, matches.images]
+    for one_right, one_counted in zip(matches.right, matches.counted, strict=True):
+        right = (weights * one_right).cumsum(axis=1)
+        found = (weights * one_counted).cumsum(axis=1)
         best = np.maximum.accumulate(ratio(right, found, 0.0)[:, ::-1], axis=1)[:, ::-1]
         # How many levels of recall each box is the first to reach.
         reached = np.searchsorted(RECALLS, right / wanted[:, None], side="right")
         total += (np.diff(reached, axis=1, prepend=0) * best).sum(axis=1)
-    return total / (len(hits) * len(RECALLS))
+    return total / (len(matches.right) * len(RECALLS))
 
 
 def _sides(corners: Tensor) -> Tensor:
     """Return boxes by corner and size for boxes by two corners."""
     return torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)
+
+
+def _truth(target: dict[str, Tensor], height: int, width: int) -> Tensor:
+    """Return the objects of a target: [x, y, w, h] in pixels, class, 0; and its crowds, with 1."""
+    crowds = {
+        key.removeprefix(CROWD): value for key, value in target.items() if key.startswith(CROWD)
+    }
+    rows = []
+    for crowd, objects in enumerate([target, crowds]):
+        if objects:
+            corners, classes = _corners(objects, height, width)
+            kinds = torch.stack([classes.float(), torch.full_like(classes.float(), crowd)], dim=1)
+            rows.append(torch.cat([_sides(corners), kinds], dim=1))
+    return torch.cat(rows)
 
 
 def _corners(target: dict[str, Tensor], height: int, width: int) -> tuple[Tensor, Tensor]:

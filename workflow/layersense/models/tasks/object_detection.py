@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from layersense.models import yolo
 from layersense.models.checkpoints import Checkpoint
 from layersense.models.loading import first_line, load_image_processor, start_gradients
 from layersense.models.tasks.detections import (
+    CROWD,
     AveragePrecision,
     Detected,
     Find,
@@ -62,7 +63,8 @@ class Sample:
     """Shape (3, H, W)."""
     target: dict[str, Tensor]
     """``boxes`` and their classes. torchvision: in pixels by their corners, and ``labels``; others:
-    as shares of the image, center, width and height, and ``class_labels``."""
+    as shares of the image, center, width and height, and ``class_labels``. The same with ``crowd_``
+    before: crowds, if there are any."""
 
     @property
     def nbytes(self) -> int:
@@ -153,7 +155,7 @@ class ObjectDetection:
         """
         check_modality(self, sampling.modality)
         detector: Detector = loaded.processor
-        if not any(_objects(row, detector.classes) for row in rows):
+        if not any(_objects(row, detector.classes, crowds=False) for row in rows):
             shown = {shown.category for row in rows for shown in row.objects}
             raise no_class(loaded.name, shown, detector.classes, "boxes")
         return padded_batches(
@@ -223,26 +225,33 @@ class ObjectDetection:
         return describe_image_layer(module_names)
 
 
-def _objects(row: Row, classes: dict[str, int]) -> list[tuple[int, Object]]:
-    """Return what the model can find: no crowds, no boxes without area, only its classes."""
+def _objects(row: Row, classes: dict[str, int], *, crowds: bool) -> list[tuple[int, Object]]:
+    """Return what the model can find, or crowds of it: no boxes without area, only its classes."""
     found = []
     for shown in row.objects:
         number = find_class(classes, shown.category)
         _, _, width, height = shown.bbox
-        if number is not None and not shown.is_crowd and width > 0 and height > 0:
+        if number is not None and shown.is_crowd == crowds and width > 0 and height > 0:
             found.append((number, shown))
     return found
 
 
 def _prepare(detector: Detector, row: Row) -> Sample:
     image = photograph(row)
+    objects, crowds = (_objects(row, detector.classes, crowds=crowds) for crowds in (False, True))
     try:
-        return detector.prepare(image, _objects(row, detector.classes))
+        sample = detector.prepare(image, objects)
+        if not crowds:
+            return sample
+        apart = detector.prepare(image, crowds).target
     except (TypeError, ValueError) as error:
         raise LayersenseError(
             f"image {row.image_path}: cannot be prepared with its boxes ({first_line(error)}); "
             "remove it from the data"
         ) from error
+    return replace(
+        sample, target={**sample.target, **{CROWD + key: value for key, value in apart.items()}}
+    )
 
 
 def _by_processor(processor: Any, image: Image.Image, objects: Found) -> Sample:
@@ -325,7 +334,11 @@ def _collate(detector: Detector, samples: Sequence[Sample], canvas: tuple[int, i
 def _scaled(sample: Sample, canvas: tuple[int, int]) -> dict[str, Tensor]:
     """Return a target whose boxes are shares of the canvas instead of the image."""
     height, width = sample.image.shape[-2] / canvas[0], sample.image.shape[-1] / canvas[1]
-    return {**sample.target, "boxes": sample.target["boxes"] * torch.tensor([width, height] * 2)}
+    scale = torch.tensor([width, height] * 2)
+    return {
+        key: value * scale if key.endswith("boxes") else value
+        for key, value in sample.target.items()
+    }
 
 
 # --- transformers --------------------------------------------------------------------------------
