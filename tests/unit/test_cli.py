@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from layersense import __version__
 from layersense.cli import app
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
@@ -57,6 +58,22 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
 
 
+def test_help_says_first_what_people_call() -> None:
+    text = call("--help").stdout
+    assert text.count("For people:") == text.count("Steps of the workflow") == 1
+    people, rules = text.split("For people:")[1].split("Steps of the workflow")
+    named = {line.split()[0] for line in people.splitlines() if line.strip()}
+    assert {"init", "doctor", "show"} <= named
+    listed = named | {line.split()[0] for line in rules.splitlines()[1:] if line.strip()}
+    assert listed == set(COMMANDS)
+    assert "…" not in people
+    assert "..." not in people
+
+
+def test_it_says_its_version() -> None:
+    assert call("--version").stdout == f"layersense {__version__}\n"
+
+
 def test_no_argument_shows_help() -> None:
     done = call()
     assert "validate" in done.stdout + done.stderr
@@ -99,6 +116,23 @@ def test_validate_accepts_foreign_manifests(shared_data: Path) -> None:
     done = call("validate", *files)
     assert done.returncode == 0, done.stdout
     assert done.stdout.splitlines() == [f"{file}: ok" for file in files]
+
+
+def test_validate_checks_configs_too(tmp_path: Path) -> None:
+    good = "datasets: {a: {source: sample}}\nmodels: {m: {source: demo}}\n" + (
+        "schemes: {s: {quant_formats: [FP8_ALL_LAYERS_CFG], effective_bits: 9}}\n"
+        "runs: {r: {model: m, dataset: a, schemes: [s], device: cpu}}\n"
+    )
+    (tmp_path / "good.yaml").write_text(good)
+    (tmp_path / "typo.yml").write_text(good.replace("effective_bits", "effective_bit"))
+    (tmp_path / "broken.yaml").write_text(good.replace("device: cpu}}", "device: cpu"))
+    names = ("good.yaml", "typo.yml", "broken.yaml")
+    done = call("validate", *names, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.startswith("good.yaml: ok\n")
+    assert "did you mean `effective_bits`?" in done.stdout
+    assert "broken.yaml: is not YAML: line 5" in done.stdout
+    assert call("validate", "good.yaml", cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize(

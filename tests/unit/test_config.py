@@ -80,7 +80,8 @@ def test_a_valid_config_is_accepted_with_its_defaults() -> None:
          'entry of `schemes` (`fp8` or `nvfp4`), found "fp9"; did you mean `fp8`?'),
         ("runs/demo.a/schemes", ["fp8", "fp8"],
          'runs."demo.a".schemes[1]: names the scheme `fp8` twice'),
-        ("runs/demo.a/schemes", "fp8", 'runs."demo.a".schemes: expected a list, found "fp8"'),
+        ("runs/demo.a/schemes", "fp8", 'runs."demo.a".schemes: expected a list (`[fp8]`), '
+         'found "fp8"'),
         ("runs/demo.a/schemes", [], 'runs."demo.a".schemes: expected at least 1 entry, found a '
          "list"),
         ("runs/demo.a/seed", "1", 'runs."demo.a".seed: expected a whole number, found "1"'),
@@ -128,7 +129,7 @@ def test_a_valid_config_is_accepted_with_its_defaults() -> None:
         ("schemes/fp8/quant_formats", ["FP8_ALL_LAYERS_CFG"] * 2,
          "schemes.fp8.quant_formats[1]: names the format `FP8_ALL_LAYERS_CFG` twice"),
         ("schemes/fp8/quant_formats", ["FP8_ALL_LAYER_CFG"], "schemes.fp8.quant_formats[0]: "
-         'expected a format (docs list them all), found "FP8_ALL_LAYER_CFG"; did you mean '
+         'expected a format (docs/formats.md lists them), found "FP8_ALL_LAYER_CFG"; did you mean '
          "`FP8_ALL_LAYERS_CFG`?"),
         ("models/llm/trust_remote_code", True, "models.llm.revision: expected a commit of "
          "owner/llm, because `trust_remote_code` would run whatever code the hub serves that day, "
@@ -151,6 +152,12 @@ def test_a_valid_config_is_accepted_with_its_defaults() -> None:
          "letter case, and both would be one file on some machines; rename one of them"),
         ("formats/mine", {"base": "FP8_DEFAULT_CFG"}, "formats.mine: differs from `MINE` only in "
          "letter case, and both would be one file on some machines; rename one of them"),
+        ("runs/device", "cpu", "runs.device: expected a mapping of keys (`device` is a key of the "
+         'entry above it: indent it further), found "cpu"'),
+        ("schemes/effective_bits", 6, "schemes.effective_bits: expected a mapping of keys "
+         "(`effective_bits` is a key of the entry above it: indent it further), found `6`"),
+        ("runs/demo.a/verify", True, 'runs."demo.a".verify: expected a mapping (`{}` for the '
+         "defaults), found `true`"),
         ("formats", None, "formats: expected a mapping, found nothing"),
         ("runs/demo.a/gpus", 2, 'runs."demo.a".gpus: expected 1 under `device: cpu`, found `2`'),
         ("frozen", "perhaps", 'frozen: expected true or false, found "perhaps"'),
@@ -232,6 +239,12 @@ def test_a_scheme_has_one_budget() -> None:
     data["schemes"]["fp8"]["cost_table"] = {"file": "t.csv", "at_most": 5.0, "units": "ms"}
     (line,) = problems(data)
     assert line.startswith("schemes.fp8.cost_table.units: expected one of the keys")
+
+
+def test_a_misspelt_section_is_one_fault_and_not_those_of_all_who_name_its_entries() -> None:
+    data = valid()
+    data["scheme"] = data.pop("schemes")
+    assert [line.partition(":")[0] for line in problems(data)] == ["schemes", "scheme"]
 
 
 def test_missing_sections_are_all_named() -> None:
@@ -408,8 +421,11 @@ def test_anchors_and_merge_keys_are_no_duplicates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("a: [1\nb: 2\n", "brackets and quotes are closed"),
         ("a: [1\nb: 2\n", "is not YAML: line 2"),
         ("a:\n\t- b\n", "is not YAML: line 2, column 1"),
+        ("a:\n\t- b\n", "indent by spaces"),
+        ("a:\n  b: 1\n   c: 2\n", "keys of one mapping have the same indent"),
         ("- a\n", "expected a mapping with `datasets`"),
         ("", "found nothing"),
         (b"a: \xff\n", "is not UTF-8"),

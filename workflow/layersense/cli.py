@@ -13,13 +13,36 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
+from layersense import __version__
 from layersense.errors import LayersenseError, is_out_of_memory
 from layersense.logs import Terminated, end_on_sigterm, open_job_log
 
+RULES = "Steps of the workflow, which Snakemake calls"
+PEOPLE = "For people"
+
+
+class Sections(TyperGroup):
+    """A group whose help says first what people call; typer does that under rich alone."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands under two headings, in the order in which they are defined."""
+        width = formatter.width - 6 - max(map(len, self.commands))
+        for heading in (PEOPLE, RULES):
+            with formatter.section(heading):
+                formatter.write_dl(
+                    [
+                        (name, command.get_short_help_str(width))
+                        for name, command in self.commands.items()
+                        if command.rich_help_panel == heading
+                    ]
+                )
+
+
 app = typer.Typer(
+    cls=Sections,
     name="layersense",
-    help="Which layers of a model can be quantized, and what does each one cost?",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -52,8 +75,21 @@ Extensions = Annotated[
 ]
 Scripts = Annotated[Path, typer.Option(help="What `layersense scripts` wrote.")]
 
-RULES = "Steps of the workflow"
-PEOPLE = "For people"
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"layersense {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Say the version."),
+    ] = False,
+) -> None:
+    """Which layers of a model can be quantized, and what does each one cost?"""
 
 
 @app.command(rich_help_panel=RULES)
@@ -421,7 +457,7 @@ def reach(
         Literal["cuda", "cpu"] | None, typer.Option(help="Where to run it; default: the run's.")
     ] = None,
 ) -> None:
-    """Say what each run's loss reaches, by a few samples, before anything is scored.
+    """Say what each run's loss reaches, by a few samples.
 
     Needs the run's model and dataset, which Snakemake makes without a GPU; what is missing is named
     with the command. Exits with 1 if a loss misses a whole subsystem.
@@ -469,7 +505,7 @@ def import_(
         bool, typer.Option(help="Name the model like the file, up to its first dot.")
     ] = False,
 ) -> None:
-    """Bring manifests of other implementations into tables like ours.
+    """Bring manifests of others into tables like ours.
 
     In a workflow, name them in the config under `manifests`.
     Example: layersense import old/*.json --out imported
@@ -515,7 +551,9 @@ def check(
         bool, typer.Option("--simulated", hidden=True, help="For the export job.")
     ] = False,
 ) -> None:
-    """Check an exported checkpoint as it lies on the disk; exit with 1 if something is wrong.
+    """Check an exported checkpoint as it lies on the disk.
+
+    Exits with 1 if something is wrong.
 
     Example: layersense check results/demo.image-text/int8_all_layers/checkpoint.json
     """
@@ -540,7 +578,9 @@ def doctor(
     configfile: Annotated[Path | None, typer.Option(help="Config to check against.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Folder of the Snakemake profile.")] = None,
 ) -> None:
-    """Look at the machine before a run: each line ok, warning or error, with the fix.
+    """Look at the machine before a run, and say what to mend.
+
+    Each line is ok, a warning or an error, with the fix.
 
     Exits with 1 if there is an error. Without a config or a profile it looks at the machine alone.
 
@@ -559,7 +599,7 @@ def doctor(
 def estimate(
     configfile: Annotated[Path, typer.Argument(help="Config whose runs are estimated.")],
 ) -> None:
-    """Say what each run will take before it runs: layers, quantizers, memory, time.
+    """Say what each run will take: layers, memory, time.
 
     Reads no weight and takes seconds. Exits with 1 if a run cannot be estimated.
 
@@ -595,16 +635,22 @@ def estimate(
 
 
 @app.command(rich_help_panel=PEOPLE)
-def validate(files: Annotated[list[Path], typer.Argument(help="Manifests.")]) -> None:
-    """Check manifests; exit with 1 if one has a problem.
+def validate(
+    files: Annotated[list[Path], typer.Argument(help="Configs (.yaml, .yml) or manifests.")],
+) -> None:
+    """Check configs and manifests.
 
-    Example: layersense validate results/*/*/manifest.json
+    Exits with 1 if one has a problem.
+
+    Example: layersense validate config/my-model.yaml results/*/*/manifest.json
     """
     from layersense.manifests.read import validate_manifest
+    from layersense.validation import validate_config
 
     bad = 0
     for file in files:
-        problems = validate_manifest(file)
+        is_config = file.suffix.lower() in (".yaml", ".yml")
+        problems = validate_config(file) if is_config else validate_manifest(file)
         bad += bool(problems)
         for problem in problems or [f"{file}: ok"]:
             typer.echo(problem)
@@ -637,7 +683,7 @@ def show(
     top: Annotated[int, typer.Option(min=1, help="Layer groups to list.")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Show a result: recipe, totals, findings, most sensitive layers.
+    """Show a result: recipe, findings, most sensitive layers.
 
     Exit codes: 0 shown, 1 it cannot be read, 2 wrong usage.
 
@@ -663,7 +709,7 @@ def diff(
         bool, typer.Option("--exit-code", help="Exit with 3 if they differ beyond noise.")
     ] = False,
 ) -> None:
-    """Compare two results: rank correlation, what moved, which choices changed.
+    """Compare two results: what moved, which choices changed.
 
     Exit codes: 0 compared, 1 one cannot be read, 2 wrong usage; with --exit-code, 3 where the
     rankings differ by more than the noise of the scores.

@@ -75,8 +75,9 @@ config given in this way stands for itself and is not merged into `config.yaml`.
 | [`grid-of-pairs.yaml`](examples/grid-of-pairs.yaml) | every pair of types in one run |
 | [`many-schemes.yaml`](examples/many-schemes.yaml) | many schemes, an own format |
 
-The whole config is checked before anything starts, and all problems are told at once. The first
-line of each file names the [JSON schema](../workflow/schemas/config.schema.json), by which editors
+The whole config is checked before anything starts, and all problems are told at once. Of a file that
+is no YAML, such as one indented by a tab, Snakemake only says so; `layersense validate FILE` names
+the line. The first line of each file names the [JSON schema](../workflow/schemas/config.schema.json), by which editors
 with a YAML language server complete keys and show what they mean. Relative paths are relative to
 the folder that Snakemake was started in.
 

@@ -147,8 +147,28 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 def _yaml_problem(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+        place = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+        # The parser stops where it can go on no more, which is often a line after the slip.
+        return f"{place}; {_yaml_hint(str(error.problem))}"
     return " ".join(str(error).split())
+
+
+def _yaml_hint(problem: str) -> str:
+    if "'\\t'" in problem:
+        return "indent by spaces, YAML takes no tabs"
+    return (
+        "look at this line and the one before: keys of one mapping have the same indent and end "
+        "in a colon and a space, and brackets and quotes are closed"
+    )
+
+
+def validate_config(path: str | Path) -> list[str]:
+    """Return what is wrong with a config file and the files that it names, in sentences."""
+    try:
+        load_config(read_config_file(path), str(path))
+    except LayersenseError as error:
+        return [str(error)]
+    return []
 
 
 # --- checking ------------------------------------------------------------------------------------
@@ -299,7 +319,22 @@ class _Checker:
                     path[-2],
                 )
             else:
-                self.add(path, _expected(kind, context, error["msg"]), _Any(value))
+                expected = _expected(kind, context, error["msg"])
+                self.add(path, expected + self._slip(kind, path, value), _Any(value))
+
+    def _slip(self, kind: str, path: Path_, value: Any) -> str:
+        """Return what was probably meant by a value of another type, in brackets."""
+        if kind == "list_type" and isinstance(value, str):
+            return f" (`[{value}]`)"
+        if kind != "model_type":
+            return ""
+        if value is True and not any(
+            f.is_required() for f in self._model(path).model_fields.values()
+        ):
+            return " (`{}` for the defaults)"
+        if len(path) == 2 and path[1] in self._model(path).model_fields:
+            return f" of keys (`{path[1]}` is a key of the entry above it: indent it further)"
+        return ""
 
     def _where(self, error: ErrorDetails) -> Path_:
         """Return the path of an error, without the tag that pydantic adds for a union's member."""
@@ -452,7 +487,7 @@ class _Checker:
             try:
                 self.resolved[name] = resolve_format(name, self.own)
             except UnknownFormatError as error:
-                expected = "expected a format (docs list them all)"
+                expected = "expected a format (docs/formats.md lists them)"
                 self.add(path, f"{expected}, found {_found(name)}{error.hint}")
                 return None
             except LayersenseError as error:
@@ -679,7 +714,8 @@ class _Checker:
 
     def _check_reference(self, path: Path_, name: Any, section: str) -> None:
         names = [str(key) for key in self.section(section)]
-        if isinstance(name, str) and name not in names:
+        # Where the section itself is missing, that is the problem to tell.
+        if isinstance(name, str) and name not in names and (names or section in self.data):
             self.add(
                 path, f"expected the name of an entry of `{section}` ({_or(names)})", name, names
             )
