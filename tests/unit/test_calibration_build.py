@@ -527,6 +527,33 @@ def test_sampled_image_must_be_one(
     assert re.search(rf"^{path}: .*({why}).*image 6 of .*captions_train2017\.json", sentence)
 
 
+def test_missing_images_are_one_sentence(coco: Path, tmp_path: Path) -> None:
+    """Ten images, all drawn: three are gone, then all, as when their folder was moved."""
+    settings: dict[str, Any] = {"source": "coco", "root": str(coco), "calibration": 16}
+    whole = settings | {"heldout": 4}
+    for key in (2, 6, 9):
+        (coco / "train2017" / f"{key}.png").unlink()
+    sentence = refused(tmp_path, **whole)
+    assert re.search(r"/(2|6|9)\.png: there is no such image, nor 2 more of the 10 ", sentence)
+    (coco / "train2017").rename(coco / "photos 2024")
+    (coco / "train2017").mkdir()
+    sentence = refused(tmp_path, **whole)
+    assert sentence.startswith(f"{coco / 'train2017'}: holds none of the 10 images")
+    assert "set `images`" in sentence
+    shutil.move(coco / "photos 2024", tmp_path / "elsewhere")
+    assert "one of them" not in refused(tmp_path, **whole)
+
+
+def test_images_in_another_folder_are_seen(coco: Path, tmp_path: Path) -> None:
+    """Names that begin with the folder that `images` ends in, as many tools write them."""
+    edit(coco, "captions", lambda c: [i.update(file_name=f"train2017/{i['file_name']}")
+                                      for i in c["images"]])  # fmt: skip
+    file(coco, "instances").unlink()
+    sentence = refused(tmp_path, source="coco", root=str(coco))
+    assert re.search(rf"one of them is {coco}/train2017/\d+\.png$", sentence)
+    build(tmp_path / "a.sqlite", source="coco", root=str(coco), images=str(coco))
+
+
 def test_image_of_another_size_than_its_boxes_is_refused(coco: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 20)).save(coco / "train2017" / "6.png")
     settings = {"source": "coco", "root": str(coco), "calibration": 16, "heldout": 4}

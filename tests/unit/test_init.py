@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from layersense.calibration.build import read_records
 from layersense.calibration.sampling import draw
@@ -95,6 +96,88 @@ def test_coco_is_recognised(shared_data: Path) -> None:
     (dataset,) = written().datasets.values()
     assert dataset.model_dump()["root"] == str(shared_data / "coco2017-tiny")
     assert (dataset.source, dataset.calibration, dataset.heldout) == ("coco", 40, 10)
+
+
+DETECTOR = {"architectures": ["YolosForObjectDetection"]}
+
+
+def listing(file: Path, images: Path, count: int = 12, key: str = "instances") -> None:
+    """Write a COCO file of as many photographs; the last two have no annotation."""
+    for folder in (file.parent, images):
+        folder.mkdir(parents=True, exist_ok=True)
+    names = [f"Straße {number}.png" for number in range(count)]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(images / name)
+    boxes: dict[str, Any] = {"category_id": 1, "bbox": [1, 1, 2, 2]}
+    what = boxes if key == "instances" else {"caption": "A street."}
+    content = {
+        "images": [{"id": i, "file_name": name, "x": None} for i, name in enumerate(names)],
+        "annotations": [{"id": i, "image_id": i, **what} for i in range(count - 2)],
+        "categories": [{"id": 1, "name": "cat"}],
+        "info": {},
+    }
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "images", "given"),
+    [
+        ("annotations/instances_val.json", "val", "."),
+        ("annotations/instances_default.json", "images", "."),
+        (
+            "annotations/instances_default.json",
+            "images/default",
+            "annotations/instances_default.json",
+        ),
+        ("annotations.json", "images", "."),
+        ("labels/mine.json", "Meine Bilder", "."),
+        ("train/_annotations.coco.json", "train", "."),
+        ("train/_annotations.coco.json", "train", "train/_annotations.coco.json"),
+    ],
+)
+def test_layouts_of_other_tools_with_boxes_alone(file: str, images: str, given: str) -> None:
+    root = Path("Eigene Daten")
+    listing(root / file, root / images)
+    (root / "info.json").write_text("{}")  # JSON of another kind
+    write_config(checkpoint(DETECTOR), root / given, device="cpu")
+    (dataset,) = written().datasets.values()
+    assert (dataset.source, dataset.calibration, dataset.heldout) == ("coco", 10, 2)
+    records = read_records(dataset)
+    assert records.images_root is not None
+    assert records.images_root.resolve() == (root / images).resolve()
+    assert (len(records.images), len(records.boxes), len(records.captions)) == (12, 10, 0)
+
+
+def test_photographs_without_a_caption_are_no_rows() -> None:
+    root = Path("data")
+    listing(root / "annotations" / "captions_a.json", root / "moved", count=22, key="captions")
+    write_config(checkpoint(), root, device="cpu")
+    dataset = written().datasets["data"]
+    assert dataset.calibration + dataset.heldout == 20
+    sizes = {"calibration": dataset.calibration, "heldout": dataset.heldout}
+    draw(read_records(dataset), **sizes, seed=0, name="data")  # raises if there are fewer
+
+
+def test_captions_and_instances_of_one_split_are_one_dataset() -> None:
+    root = Path("data")
+    for key in ("captions", "instances"):
+        listing(root / "annotations" / f"{key}_a.json", root / "moved", key=key)
+    write_config(checkpoint(DETECTOR), root, device="cpu")
+    records = read_records(written().datasets["data"])
+    assert (len(records.boxes), len(records.captions)) == (10, 10)
+
+
+def test_several_files_of_coco_are_a_question() -> None:
+    for split in ("train", "valid"):
+        listing(Path("data") / split / "_annotations.coco.json", Path("data") / split)
+    with pytest.raises(LayersenseError, match=r"found train/_ann.*, valid/_ann.*name the one file"):
+        write_config(checkpoint(DETECTOR), Path("data"), device="cpu")
+
+
+def test_images_that_are_nowhere_near() -> None:
+    listing(Path("data") / "annotations.json", Path("elsewhere"))
+    with pytest.raises(LayersenseError, match=r"lists the image 'Straße 0\.png'.*key `images`"):
+        write_config(checkpoint(DETECTOR), Path("data"), device="cpu")
 
 
 @pytest.mark.parametrize("folder", ["2024", "no", "Mein Modell: neu #1", "ü", "a'b"])

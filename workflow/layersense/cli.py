@@ -35,7 +35,7 @@ class Sections(TyperGroup):
                     [
                         (name, command.get_short_help_str(width))
                         for name, command in self.commands.items()
-                        if command.rich_help_panel == heading
+                        if getattr(command, "rich_help_panel", None) == heading
                     ]
                 )
 
@@ -431,7 +431,8 @@ def summary(
 def init(
     checkpoint: Annotated[str, typer.Argument(help="Hub id or directory of the checkpoint.")],
     data: Annotated[
-        Path | None, typer.Option(help="COCO folder, folder of photographs with a table, or JSONL.")
+        Path | None,
+        typer.Option(help="COCO folder or file, folder of photographs with a table, or JSONL."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Config to write.")] = None,
     device: Annotated[

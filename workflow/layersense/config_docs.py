@@ -75,15 +75,17 @@ config given in this way stands for itself and is not merged into `config.yaml`.
 | [`grid-of-pairs.yaml`](examples/grid-of-pairs.yaml) | every pair of types in one run |
 | [`many-schemes.yaml`](examples/many-schemes.yaml) | many schemes, an own format |
 
-The whole config is checked before anything starts, and all problems are told at once. Of a file that
-is no YAML, such as one indented by a tab, Snakemake only says so; `layersense validate FILE` names
-the line. The first line of each file names the [JSON schema](../workflow/schemas/config.schema.json), by which editors
-with a YAML language server complete keys and show what they mean. Relative paths are relative to
-the folder that Snakemake was started in.
+The whole config is checked before anything starts, and all problems are told at once. Of a file
+that is no YAML, such as one indented by a tab, Snakemake only says so; `layersense validate FILE`
+names the line. The first line of each file names the
+[JSON schema](../workflow/schemas/config.schema.json), by which editors with a YAML language server
+complete keys and show what they mean. Relative paths are relative to the folder that Snakemake was
+started in.
 
 ## Your own model and data
 
-`layersense init ./my-checkpoint --data photos/` looks at both and writes `config/my-model.yaml`.
+`layersense init ./my-checkpoint --data photos/` looks at both and writes `config/my-model.yaml`;
+`--data` may also be a folder or a file of COCO's form, whatever wrote it, wherever its images are.
 By hand, it takes:
 
 1. a **model**: a hub id, or a directory with `config.json` and safetensors;

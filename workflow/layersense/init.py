@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import yaml
 
+from layersense.calibration.records import Records
 from layersense.config_docs import SCHEMA
 from layersense.errors import LayersenseError
 from layersense.files import atomic_write
@@ -20,6 +22,8 @@ DEFAULT_OUT = Path("config/my-model.yaml")
 SAMPLE_ROWS = (96, 16)
 """Calibration and held-out rows that the embedded sample of 135 captions affords."""
 _TABLES = (".csv", ".jsonl", ".ndjson")
+_COCO_KINDS = ("captions", "instances")
+"""How the names of COCO's files begin, before `_` and the split."""
 
 
 @dataclass
@@ -47,7 +51,8 @@ def write_config(
     """Write a commented, valid config of about a dozen lines; return what to do next.
 
     The task follows from the checkpoint's ``config.json``, the kind of dataset from what lies in
-    the folder: COCO's layout, one table beside images, or a JSONL file of texts.
+    the folder: COCO's layout, one file of COCO's form and images, one table beside images, or a
+    JSONL file of texts.
 
     Args:
         checkpoint: hub id or directory.
@@ -171,33 +176,101 @@ def _sample() -> _Data:
 
 def _recognise(data: Path) -> _Data:
     """Return what kind of dataset a folder or file is."""
+    data = data.expanduser()
     if data.is_file():
-        return _table(data, data.parent)
+        return _coco_file(data) if data.suffix.lower() == ".json" else _table(data, data.parent)
     if not data.is_dir():
         raise LayersenseError(f"{data}: is not there; give a folder or a file with --data")
-    captions = sorted((data / "annotations").glob("captions_*.json"))
-    for file in captions:
-        split = file.stem.removeprefix("captions_")
-        if (data / split).is_dir():
-            return _Data(
-                _name(data.resolve().name),
-                {"source": "coco", "root": str(data), "split": split, **_coco_rows(file)},
-                f"COCO, {split}",
-            )
-    if captions:
-        raise LayersenseError(
-            f"{captions[0]}: looks like COCO, but {data} has no image folder named like the split; "
-            "write the config by hand with the key `images` (config/README.md)"
-        )
+    if (found := _coco_layout(data)) is not None:
+        return found
     tables = sorted(path for path in data.iterdir() if path.suffix.lower() in _TABLES)
-    if len(tables) == 1:
-        return _table(tables[0], data)
+    listings = _coco_listings(data)
+    if len(tables) + len(listings) == 1:
+        return _table(tables[0], data) if tables else _coco_file(listings[0], data)
     expected = (
-        "expected COCO's `annotations/captions_*.json`, or one CSV or JSONL table with `image` and "
-        "`text`, or one JSONL file with `text`"
+        "expected COCO's `annotations/` with captions_*.json or instances_*.json, or one JSON file "
+        "like those, or one CSV or JSONL table with `image` and `text`, or one JSONL file with "
+        "`text`"
     )
-    found = ", ".join(path.name for path in tables) or "none of these"
-    raise LayersenseError(f"{data}: {expected}, found {found}; name the one file with --data")
+    names = ", ".join(str(path.relative_to(data)) for path in [*tables, *listings])
+    raise LayersenseError(
+        f"{data}: {expected}, found {names or 'none of these'}; name the one file with --data"
+    )
+
+
+class _Listing(msgspec.Struct):
+    """What tells a COCO file from other JSON, and captions from instances."""
+
+    images: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
+
+
+def _read_listing(file: Path) -> _Listing:
+    from layersense.calibration.records import decode, read_bytes
+
+    return decode(read_bytes(file, "COCO file"), _Listing, str(file), "a COCO file")
+
+
+def _coco_layout(root: Path) -> _Data | None:
+    """Return the first split of COCO's own layout, None if there is none."""
+    for file in sorted((root / "annotations").glob("*.json")):
+        kind, _, split = file.stem.partition("_")
+        if kind in _COCO_KINDS and split and (root / split).is_dir():
+            return _coco({"source": "coco", "root": str(root), "split": split}, file)
+    return None
+
+
+def _coco_listings(root: Path) -> list[Path]:
+    """Return the COCO files in a folder, or else in the folders there, one for each split."""
+    found: dict[tuple[Path, str], Path] = {}
+    for pattern in ("*.json", "*/*.json"):
+        for file in sorted(root.glob(pattern)):
+            try:
+                _read_listing(file)
+            except LayersenseError:
+                continue  # some other JSON
+            kind, _, split = file.stem.partition("_")
+            found.setdefault((file.parent, split if kind in _COCO_KINDS else file.stem), file)
+        if found:
+            break
+    return list(found.values())
+
+
+def _coco_file(file: Path, root: Path | None = None) -> _Data:
+    """Return the dataset of a COCO file of any name, with its images wherever they are near it."""
+    listing = _read_listing(file)
+    if not listing.images or not listing.annotations:
+        raise LayersenseError(f"{file}: lists no images or no annotations; name another file")
+    if root is None:
+        root = file.parent.parent if file.parent.name == "annotations" else file.parent
+    kind, _, split = file.stem.partition("_")
+    keys = {"source": "coco", "root": str(root)}
+    if kind in _COCO_KINDS and split and file.parent == root / "annotations":
+        keys["split"] = split
+    else:
+        # A split of its own: COCO's captions that lie beside it are not taken for its siblings.
+        keys["split"] = _name(file.stem)
+        keys["captions" if "caption" in listing.annotations[0] else "instances"] = str(file)
+    name = str(listing.images[0].get("file_name"))
+    folders = [file.parent, root, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))]
+    images = next((folder for folder in folders if (folder / name).is_file()), None)
+    if images is None:
+        raise LayersenseError(
+            f"{file}: lists the image {name!r}, which lies neither in {root} nor in a folder "
+            "there; write the config by hand and say where the images are by the key `images` "
+            "(config/README.md)"
+        )
+    return _coco({**keys, "images": str(images)}, file)
+
+
+def _coco(keys: dict[str, Any], file: Path) -> _Data:
+    """Return a COCO dataset, which is read whole: its errors are better known now."""
+    from layersense.calibration.build import read_records
+    from layersense.config import CocoDataset
+
+    records = read_records(CocoDataset.model_validate(keys))
+    rows = _rows(records, file)
+    return _Data(_name(Path(keys["root"]).resolve().name), {**keys, **rows}, f"COCO, {file.name}")
 
 
 def _table(table: Path, folder: Path) -> _Data:
@@ -205,17 +278,17 @@ def _table(table: Path, folder: Path) -> _Data:
     from layersense.calibration.tables import read_table, read_texts
 
     if table.suffix.lower() not in _TABLES:
-        raise LayersenseError(f"{table}: expected a .csv or .jsonl file")
+        raise LayersenseError(f"{table}: expected a .csv or .jsonl file, or COCO's .json")
     if table.suffix.lower() != ".csv" and "image" not in _first_row(table):
-        count = len(read_texts(table).captions)
-        keys: dict[str, Any] = {"source": "text", "file": str(table), **_rows(count, table)}
-        return _Data(_name(table.stem), keys, f"{count} texts")
+        records = read_texts(table)
+        keys: dict[str, Any] = {"source": "text", "file": str(table), **_rows(records, table)}
+        return _Data(_name(table.stem), keys, f"{len(records.captions)} texts")
     records = read_table(table, folder)
     keys = {
         "source": "images",
         "images": str(folder),
         "table": str(table),
-        **_rows(len(records.images), table),
+        **_rows(records, table),
     }
     return _Data(_name(folder.resolve().name), keys, f"{len(records.images)} photographs")
 
@@ -234,29 +307,21 @@ def _first_row(path: Path) -> dict[str, Any]:
     return row
 
 
-def _coco_rows(captions: Path) -> dict[str, int]:
-    from layersense.calibration.records import decode, read_bytes
-
-    listing = decode(read_bytes(captions, "captions file"), dict, str(captions), "an object")
-    return _rows(len(listing.get("images", ())), captions)
-
-
-def _rows(units: int, file: Path) -> dict[str, int]:
-    """Return the sizes of the splits that so many photographs, or texts, fill.
+def _rows(records: Records, file: Path) -> dict[str, int]:
+    """Return the sizes of the splits that all photographs, or texts, fill.
 
     Each has a row at least, so that both splits hold what is asked. Defaults are left out.
     """
-    from layersense.calibration.sampling import HELDOUT_SHARE
+    from layersense.calibration.sampling import photographs
 
-    if units < 10:
+    rows = photographs(records, seed=0)
+    if (units := sum(rows.values())) < 10:
         raise LayersenseError(
             f"{file}: holds {units} photographs or texts, which is too few to measure on; give at "
             "least 10, better some hundreds"
         )
-    heldout = round(HELDOUT_SHARE * units)
-    rows = {"calibration": units - heldout, "heldout": heldout}
     defaults = {"calibration": 512, "heldout": 64}
-    return {key: count for key, count in rows.items() if count < defaults[key]}
+    return {split: count for split, count in rows.items() if count < defaults[split]}
 
 
 # --- words ---------------------------------------------------------------------------------------
@@ -288,7 +353,10 @@ def _schema_line(out: Path) -> Iterator[str]:
 
 def _flow(value: Any) -> str:
     """Return a mapping as YAML in one line, quoted where YAML needs it."""
-    return str(yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)).strip()
+    text = yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True
+    )
+    return str(text).strip()
 
 
 def _entry(name: str, value: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from layersense.calibration.archives import find_in_zips, image_folder, is_folder
+from layersense.calibration.archives import find_in_zips, image_folder, is_file, is_folder
 from layersense.calibration.coco import merge, read_coco
 from layersense.calibration.database import (
     APPLICATION_ID,
@@ -150,6 +150,7 @@ def check_images(records: Records, samples: list[Sample]) -> dict[int, _Checked]
     if root is None:
         return {}
     chosen = sampled_images(records, samples)
+    _check_there(records, root, chosen)
     boxed = {box.image_id for box in records.boxes}
 
     def check(image: Image) -> _Checked:
@@ -172,6 +173,34 @@ def check_images(records: Records, samples: list[Sample]) -> dict[int, _Checked]
         return {
             image.id: found for image, found in zip(chosen, pool.map(check, chosen), strict=True)
         }
+
+
+def _check_there(records: Records, root: Path, chosen: list[Image]) -> None:
+    """Refuse a draw of which several images are missing, in one sentence for all.
+
+    Raises:
+        LayersenseError: they are; it says how many, and where they are if that is near.
+    """
+    try:
+        missing = [image for image in chosen if not is_file(root / image.file_name)]
+    except OSError:
+        return  # no permission, of which reading tells more
+    if len(missing) < 2:
+        return  # a single one is told of as it is read
+    name = missing[0].file_name
+    if len(missing) < len(chosen):
+        raise LayersenseError(
+            f"{root / name}: there is no such image, nor {len(missing) - 1} more of the "
+            f"{len(chosen)} that are drawn from {records.listing}; restore them or drop their rows"
+        )
+    last = Path(name).name
+    near = [root.parent / name, *sorted(root.parent.glob(f"*/{last}")), *root.glob(f"*/{last}")]
+    seen = next((file for file in near if file.is_file()), None)
+    raise LayersenseError(
+        f"{root}: holds none of the {len(chosen)} images that are drawn from {records.listing}, "
+        f"such as {name!r}; set `images` of the dataset to the folder that these names are "
+        f"relative to{f', one of them is {seen}' if seen else ''}"
+    )
 
 
 def write_database(

@@ -92,6 +92,16 @@ def draw(records: Records, *, calibration: int, heldout: int, seed: int, name: s
     return samples
 
 
+def photographs(records: Records, seed: int) -> dict[Split, int]:
+    """Return how many photographs, or texts, of each split give a row: so many are there to ask.
+
+    Where there are captions, a photograph without one gives none.
+    """
+    held = _heldout(records, seed)
+    groups = {_group(c) for c in records.captions} or {i.id for i in records.images}
+    return {"calibration": len(groups - held), "heldout": len(groups & held)}
+
+
 def _group(caption: Caption) -> int:
     """Return what a split is disjoint by: the image, or the text itself where there is none."""
     return caption.id if caption.image_id is None else caption.image_id
