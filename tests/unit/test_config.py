@@ -131,6 +131,22 @@ def test_a_valid_config_is_accepted_with_its_defaults() -> None:
         ("schemes/fp8/quant_formats", ["FP8_ALL_LAYER_CFG"], "schemes.fp8.quant_formats[0]: "
          'expected a format (docs/formats.md lists them), found "FP8_ALL_LAYER_CFG"; did you mean '
          "`FP8_ALL_LAYERS_CFG`?"),
+        ("schemes/fp8/search_spaces", [{"quant_formats": ["FP8_ALL_LAYERS_CFG"]}],
+         "schemes.fp8.search_spaces[0].layers: expected this key (The layers, as shell patterns on "
+         "module names), found nothing"),
+        ("schemes/fp8/search_spaces",
+         [{"layers": ["a"], "quant_formats": ["FP8_ALL_LAYERS_CFG"], "unquantised": False}],
+         "schemes.fp8.search_spaces[0].unquantised: expected one of the keys `layers`, "
+         '`quant_formats` or `unquantized`, found "unquantised"; did you mean `unquantized`?'),
+        ("schemes/fp8/search_spaces", [{"layers": ["a"], "quant_formats": None}],
+         "schemes.fp8.search_spaces[0].quant_formats: expected a list, found nothing"),
+        ("schemes/fp8/search_spaces", [{"layers": ["a"], "quant_formats": "NVFP4"}],
+         'schemes.fp8.search_spaces[0].quant_formats: expected a list (`[NVFP4]`), found "NVFP4"'),
+        ("schemes/fp8/search_spaces", [{"layers": ["a"], "quant_formats": [4]}],
+         "schemes.fp8.search_spaces[0].quant_formats[0]: expected text (put it in quotes), found "
+         "`4`"),
+        ("runs/demo.a/verify", {3: 4}, 'runs."demo.a".verify[3]: keys should be strings, found '
+         "`3`"),
         ("models/llm/trust_remote_code", True, "models.llm.revision: expected a commit of "
          "owner/llm, because `trust_remote_code` would run whatever code the hub serves that day, "
          "found nothing"),

@@ -359,6 +359,8 @@ class _Checker:
             return kinds[entry.get("source", "checkpoint")]
         if path[2:3] == ("cost_table",):
             return models.CostTable
+        if path[2:3] == ("search_spaces",):
+            return models.SearchSpace
         if path[2:3] == ("verify",):
             return models.Verify
         return ENTRIES[section]
@@ -395,12 +397,12 @@ class _Checker:
             for key, value in {**defaults, **entry}.items()
             if (section, name, key) not in self.bad
         }
-        for path in self.bad:  # single items of a list
-            if len(path) == 4 and path[:2] == (section, name) and isinstance(path[3], int):
-                part[str(path[2])] = [
-                    None if (*path[:3], i) in self.bad else item
-                    for i, item in enumerate(part[str(path[2])])
-                ]
+        for path in self.bad:  # single items of a list, or something within them
+            if len(path) < 4 or path[:2] != (section, name):
+                continue
+            key, index = str(path[2]), path[3]
+            if isinstance(part.get(key), list) and isinstance(index, int):
+                part[key] = [None if i == index else item for i, item in enumerate(part[key])]
         return part
 
     def items(self, section: str) -> Iterator[tuple[str, Part]]:
@@ -498,7 +500,7 @@ class _Checker:
     def _check_scheme(self, name: str, scheme: Part) -> None:
         path = ("schemes", name)
         formats: list[Format] = []
-        whole = True
+        whole = (*path, "search_spaces") not in self.bad
         for i, word in enumerate(scheme.get("quant_formats", ())):
             format = self._resolve(word, (*path, "quant_formats", i))
             if format is None:
@@ -508,7 +510,8 @@ class _Checker:
             else:
                 formats.append(format)
         for i, space in enumerate(scheme.get("search_spaces", ())):
-            for j, word in enumerate(space.get("quant_formats", ()) if space else ()):
+            whole &= space is not None
+            for j, word in enumerate(space["quant_formats"] if space else ()):
                 format = self._resolve(word, (*path, "search_spaces", i, "quant_formats", j))
                 if format is None:
                     whole = False
@@ -890,7 +893,7 @@ def _format_words(scheme: Part) -> list[Any]:
     """Return all formats that a scheme names."""
     words = list(scheme.get("quant_formats", ()))
     for space in scheme.get("search_spaces", ()):
-        words += space.get("quant_formats", ()) if isinstance(space, dict) else ()
+        words += space["quant_formats"] if space else ()
     return words
 
 
