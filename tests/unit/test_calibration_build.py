@@ -471,6 +471,14 @@ def test_wrong_record_is_named(
     assert re.search(why, sentence), sentence
 
 
+def test_a_mask_that_is_no_text_is_named(coco: Path, tmp_path: Path) -> None:
+    edit(coco, "instances", lambda c: c["annotations"][0].update(segmentation={"counts": "?"}))
+    instances = file(coco, "instances")
+    instances.write_bytes(instances.read_bytes().replace(b'"?"', b'"\xff"'))
+    sentence = refused(tmp_path, source="coco", root=str(coco))
+    assert sentence.startswith(f"{instances}: instance 501 has a segmentation")
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [

@@ -22,6 +22,8 @@ from layersense.errors import LayersenseError
 logger = logging.getLogger(__name__)
 
 _STALE_SECONDS = 24 * 3600
+BROKEN_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises of bytes that are no JSON of a type: some is Python's own."""
 
 
 class Versioned(Protocol):
@@ -117,7 +119,7 @@ def read_record(
         raise LayersenseError(
             f"{path}: cannot be read ({error.strerror}); make it readable"
         ) from error
-    except msgspec.MsgspecError as error:
+    except BROKEN_JSON as error:
         raise LayersenseError(
             f"{path}: is not a {what} of layersense ({error}); delete it and {redo}"
         ) from error

@@ -14,7 +14,7 @@ import msgspec
 
 from layersense.config import ROW_MODALITIES, SCORE_SAMPLES, TASK_MODALITIES, Config, Engine, Run
 from layersense.errors import LayersenseError
-from layersense.files import canonical_json, digest_file, digest_json, write_json
+from layersense.files import BROKEN_JSON, canonical_json, digest_file, digest_json, write_json
 from layersense.models.outside import find_module
 from layersense.quantization.extensions import needed_extensions
 from layersense.quantization.formats import format_from_settings, format_settings, resolve_format
@@ -210,7 +210,7 @@ def read_measured(path: str | Path) -> dict[str, dict[str, Any]]:
     """
     try:
         entries = msgspec.json.decode(Path(path).read_bytes(), type=dict[str, _Measured])
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (OSError, *BROKEN_JSON):
         return {}
     return {name: msgspec.to_builtins(entry) for name, entry in entries.items()}
 

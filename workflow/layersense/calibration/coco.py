@@ -18,6 +18,7 @@ from layersense.calibration.records import (
     read_bytes,
 )
 from layersense.errors import LayersenseError
+from layersense.files import BROKEN_JSON
 
 Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """An id that SQLite can hold."""
@@ -222,7 +223,7 @@ def _check_mask(mask: msgspec.Raw, where: str) -> msgspec.Raw | None:
     decoder: msgspec.json.Decoder[Any] = _RUN_LENGTHS if start == b"{" else _POLYGONS
     try:
         decoded = decoder.decode(mask)
-    except msgspec.MsgspecError as error:
+    except BROKEN_JSON as error:
         raise LayersenseError(
             f"{where} has a segmentation that is neither polygons nor run lengths ({error})"
         ) from error

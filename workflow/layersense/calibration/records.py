@@ -9,6 +9,7 @@ import msgspec
 
 from layersense.calibration.archives import read_file
 from layersense.errors import LayersenseError
+from layersense.files import BROKEN_JSON
 
 T = TypeVar("T")
 
@@ -131,7 +132,7 @@ def decode(data: bytes, kind: type[T], where: str, what: str) -> T:
     """
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except BROKEN_JSON as error:
         raise LayersenseError(
             f"{where}: is not {what} ({error}); repair it or download it again"
         ) from error

@@ -12,7 +12,7 @@ import msgspec
 from layersense import paths
 from layersense.config import DemoModel, Model
 from layersense.errors import LayersenseError
-from layersense.files import digest_file, digest_json, write_record
+from layersense.files import BROKEN_JSON, digest_file, digest_json, write_record
 from layersense.models.outside import is_outside
 
 _DTYPES = {
@@ -246,7 +246,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         return msgspec.json.decode(Path(path).read_bytes(), type=Checkpoint)
     except FileNotFoundError as error:
         raise LayersenseError(f"{path}: there is no such file; run `snakemake {path}`") from error
-    except msgspec.MsgspecError as error:
+    except BROKEN_JSON as error:
         raise LayersenseError(
             f"{path}: is not a model record of layersense ({error}); delete it and run "
             f"`snakemake {path}`"

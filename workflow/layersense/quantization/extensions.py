@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 
 from layersense.errors import LayersenseError
+from layersense.files import BROKEN_JSON
 from layersense.quantization.formats import Format
 
 EXTENSIONS = {
@@ -124,7 +125,7 @@ def read_built(path: str | Path) -> Built:
     """
     try:
         return msgspec.json.decode(Path(path).read_bytes(), type=Built)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (OSError, *BROKEN_JSON) as error:
         raise LayersenseError(
             f"{path}: does not say what came of building an extension ({error}); run `{RETRY}`"
         ) from error

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from layersense.errors import LayersenseError
+from layersense.files import BROKEN_JSON
 from layersense.manifests.about import ABOUT_KEY, About
 from layersense.manifests.tables import BYTES_PER_COST, LAYERS
 from layersense.quantization.formats import NONE
@@ -391,7 +392,7 @@ def make_result(table: pa.Table, path: Path) -> Result:
         about = (
             msgspec.json.decode(metadata[ABOUT_KEY], type=About) if ABOUT_KEY in metadata else None
         )
-    except msgspec.MsgspecError as error:
+    except BROKEN_JSON as error:
         raise LayersenseError(
             f"{path}: was written by another version of layersense ({error}); delete it and run "
             "`snakemake` again"

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from layersense.files import atomic_write
+from layersense.files import BROKEN_JSON, atomic_write
 
 Kind = TypeVar("Kind", bound=msgspec.Struct)
 
@@ -58,7 +58,7 @@ class InProgress(Generic[Kind]):
             if found.key != self._key(call):
                 return None
             return msgspec.json.decode(found.completed, type=self.kind)
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, *BROKEN_JSON):
             return None
 
     def save(self, call: str, completed: Callable[[], Kind]) -> None:
