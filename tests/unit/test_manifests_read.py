@@ -220,6 +220,29 @@ def test_inconsistencies_are_each_one_problem(ours):
         assert sum(word in problem.removeprefix(str(ours)) for problem in problems) == 1
 
 
+@pytest.mark.parametrize(
+    ("edit", "word"),
+    [
+        (lambda head: head["scores"].pop(), "differ in length"),
+        (lambda head: head["costs"].pop(), "differ in length"),
+        (lambda head: head["allowed"].pop(), "differ in length"),
+        (lambda head: head.update(selected="FP9"), "'FP9' is none of its formats"),
+        (lambda head: head.update(module_names=[]), "names no module"),
+        (lambda head: head.update(module_names=["gone"]), "gone is not in layers"),
+        (lambda head: head["formats"].__setitem__(0, "FP9"), "format FP9 is not in run"),
+    ],
+)
+def test_a_group_that_does_not_fit_together_is_refused_in_one_sentence(ours, edit, word):
+    head = "lm_head.quant_recipe"
+    edited(ours, lambda content: edit(content["layer_sensitivity"][head]))
+    assert any(word in problem for problem in validate_manifest(ours))
+    for read in (read_manifest, read_own_manifest):
+        with pytest.raises(LayersenseError) as error:
+            read(ours)
+        assert str(error.value).startswith(f"{ours}: layer_sensitivity[{head}]")
+        assert word in str(error.value)
+
+
 def test_no_torch_is_imported():
     code = (
         "import sys, layersense.recipes.decide, layersense.manifests.tables,"

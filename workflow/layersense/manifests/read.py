@@ -15,6 +15,7 @@ from layersense.manifests.schema import (
     SCHEMA_VERSION,
     SUFFIX,
     FormatRun,
+    LayerSensitivity,
     Manifest,
     plain_name,
 )
@@ -120,7 +121,7 @@ def read_manifest(path: str | Path) -> NormalManifest:
     if IMPORT_VERSION_KEY in content:
         return _imported(path, content)
     if "schema_version" in content:
-        return _own(_decode(path, content))
+        return _own(_checked(path, _decode(path, content)))
     if "candidate_stats" in content:
         content = _state_as_manifest(Path(path), content)
     problem = next(_foreign_problems(content), None)
@@ -133,9 +134,10 @@ def read_own_manifest(path: str | Path) -> Manifest:
     """Read a manifest that layersense wrote.
 
     Raises:
-        LayersenseError: it is missing, not JSON, or not of this schema.
+        LayersenseError: it is missing, not JSON, not of this schema, or its groups do not fit
+            together.
     """
-    return _decode(path, _load(path))
+    return _checked(path, _decode(path, _load(path)))
 
 
 def validate_manifest(path: str | Path) -> list[str]:
@@ -256,6 +258,14 @@ def _decode(path: str | Path, content: dict[str, Any]) -> Manifest:
         raise LayersenseError(
             f"{path}: is not a manifest of layersense ({error}); solve the scheme again"
         ) from error
+
+
+def _checked(path: str | Path, manifest: Manifest) -> Manifest:
+    """Refuse a manifest with a group that nothing could be made of."""
+    for handle, group in manifest.layer_sensitivity.items():
+        if problem := next(_own_group_problems(manifest, handle, group), None):
+            raise LayersenseError(f"{path}: {one_line(problem)}; solve the scheme again")
+    return manifest
 
 
 def _own(manifest: Manifest) -> NormalManifest:
@@ -507,22 +517,35 @@ def _group_problem(group: Any) -> str | None:
     return None
 
 
+def _own_group_problems(manifest: Manifest, handle: str, group: LayerSensitivity) -> Iterator[str]:
+    """Yield where a group refers to what is not there."""
+    where = f"layer_sensitivity[{handle}]"
+    rows = (group.scores, group.costs, group.scores_solver, group.scores_se, group.allowed)
+    more = (group.batch_scores, group.budget_costs or group.costs)
+    if any(len(row) != len(group.formats) for row in (*rows, *more)):
+        yield f"{where}: its lists differ in length from formats"
+    if group.selected not in group.formats:
+        yield f"{where}.selected: {group.selected!r} is none of its formats"
+    if not group.module_names:
+        yield f"{where}.module_names: names no module"
+    for name in group.module_names:
+        if name not in manifest.layers:
+            yield f"{where}.module_names: {name} is not in layers"
+    for label in group.formats:
+        if plain_name(label) != NONE and plain_name(label) not in manifest.run:
+            yield f"{where}: format {plain_name(label)} is not in run"
+
+
 def _own_problems(manifest: Manifest) -> Iterator[str]:
+    cost = 0.0
     for handle, group in manifest.layer_sensitivity.items():
+        yield from _own_group_problems(manifest, handle, group)
         where = f"layer_sensitivity[{handle}]"
-        rows = (group.scores, group.costs, group.scores_solver, group.scores_se)
-        if any(len(row) != len(group.formats) for row in (*rows, group.batch_scores)):
-            yield f"{where}: its lists differ in length from formats"
-        if group.selected not in group.formats:
-            yield f"{where}.selected: {group.selected!r} is none of its formats"
         for name in group.module_names:
-            if name not in manifest.layers:
-                yield f"{where}.module_names: {name} is not in layers"
-            elif manifest.layers[name].format != plain_name(group.selected):
+            layer = manifest.layers.get(name)
+            if layer is not None and layer.format != plain_name(group.selected):
                 yield f"layers[{name}].format: differs from what {where} selected"
-        for label in group.formats:
-            if plain_name(label) != NONE and plain_name(label) not in manifest.run:
-                yield f"{where}: format {plain_name(label)} is not in run"
+        cost += dict(zip(group.formats, group.costs, strict=False)).get(group.selected, 0.0)
     quantized = sum(layer.quantized for layer in manifest.layers.values())
     if quantized != manifest.num_quantized_layers:
         yield f"num_quantized_layers: is {manifest.num_quantized_layers}, layers count {quantized}"
@@ -532,10 +555,5 @@ def _own_problems(manifest: Manifest) -> Iterator[str]:
     for entry in manifest.sensitivity_ranking:
         if entry.name not in manifest.layer_sensitivity:
             yield f"sensitivity_ranking: {entry.name} is not in layer_sensitivity"
-    cost = sum(
-        group.costs[group.formats.index(group.selected)]
-        for group in manifest.layer_sensitivity.values()
-        if group.selected in group.formats
-    )
     if abs(cost - manifest.autoquant_state.cost) > 1e-6 * max(1.0, cost):
         yield f"autoquant_state.cost: is {manifest.autoquant_state.cost}, the choice costs {cost}"
