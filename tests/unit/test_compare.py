@@ -113,6 +113,18 @@ def test_too_few_layers_are_said(tmp_path):
     assert found.verdict.startswith("Nothing to compare: 2 layers")
 
 
+def test_a_result_of_no_format_has_nothing_to_compare(tmp_path):
+    groups = {f"layer.{index}": {"formats": ["NONE"], "scores": [0.0], "costs": [1.0]}
+              for index in range(4)}  # fmt: skip
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"scheme": {"name": "s"}, "layer_sensitivity": groups}))
+    empty = profile(find_result(str(path)))
+    for other in (empty, read(rf.write_result(tmp_path))):
+        found = compare(empty, other)
+        assert (found.common, found.correlation, found.moved) == (0, None, [])
+        assert found.verdict.startswith("Nothing to compare: 0 layers")
+
+
 def test_repeatability_falls_with_the_noise():
     scores = tuple(float(value) for value in range(1, 21))
     quiet, loud = (repeatability(scores, (error,) * 20) for error in (0.01, 5.0))

@@ -43,12 +43,18 @@ class Profile:
         )
 
     def worst(self, formats: Sequence[str]) -> tuple[Floats, Floats]:
-        """Return each layer's largest score over ``formats``, and that score's error."""
+        """Return each layer's largest score over ``formats``, and that score's error.
+
+        NaN where a layer was not reached or has no score under one of them; all of them without any
+        format, as in a foreign manifest that quantizes nothing.
+        """
+        if not formats:
+            nothing = np.full(len(self.layers), np.nan)
+            return nothing, nothing
         scores = np.stack([self.scores[name] for name in formats])
         errors = np.stack([self.errors[name] for name in formats])
         which = np.argmax(np.where(np.isnan(scores), -1.0, scores), axis=0)
         columns = np.arange(scores.shape[1])
-        # A layer that was not reached, or where one score is not known, has no worst one.
         known = self.reached & ~np.isnan(scores).any(axis=0)
         worst = np.where(known, scores[which, columns], np.nan)
         return worst, np.where(known, errors[which, columns], np.nan)
