@@ -325,16 +325,18 @@ def _fused(runtime: Runtime, modules: Mapping[str, Sequence[str]]) -> list[list[
                     layers.setdefault((number, _expert(parent)), {})[handle] = None
             if runtime.fused and _expert(parent) != parent:
                 layers.setdefault((-1, _expert(parent)), {})[handle] = None
-    # Layers that share a group are tied by it.
-    classes: list[set[str]] = []
+    # Layers that share a group are tied by it. Each handle knows the list that it stands in.
+    place: dict[str, list[str]] = {handle: [handle] for handle in modules}
     for handles in layers.values():
-        joined = set(handles)
-        for other in [entry for entry in classes if entry & joined]:
-            classes.remove(other)
-            joined |= other
-        classes.append(joined)
-    order = {handle: place for place, handle in enumerate(modules)}
-    found = [sorted(entry, key=order.__getitem__) for entry in classes if len(entry) > 1]
+        first, *others = handles
+        for other in others:
+            smaller, larger = sorted((place[first], place[other]), key=len)
+            if smaller is not larger:
+                larger += smaller
+                place.update(dict.fromkeys(smaller, larger))
+    order = {handle: index for index, handle in enumerate(modules)}
+    classes = {id(handles): handles for handles in place.values()}
+    found = [sorted(entry, key=order.__getitem__) for entry in classes.values() if len(entry) > 1]
     return sorted(found, key=lambda entry: order[entry[0]])
 
 

@@ -12,7 +12,7 @@ from layersense.calibration.database import Row, open_database
 from layersense.errors import LayersenseError
 from layersense.files import digest_json
 from layersense.manifests.read import read_own_manifest
-from layersense.manifests.schema import Manifest
+from layersense.manifests.schema import Manifest, plain_name
 from layersense.models.checkpoints import Checkpoint, read_checkpoint
 from layersense.quantization.extensions import cache_folder
 from layersense.quantization.formats import NONE, Format, format_from_settings
@@ -165,13 +165,13 @@ class Wanted:
             for manifest in manifests
             for name, layer in manifest.layers.items()
         }
-        self.groups_of: dict[str, list[str]] = {name: [] for name in self.formats}
+        groups_of: dict[str, dict[str, None]] = {name: {} for name in self.formats}
         for manifest in manifests:
             for handle, group in manifest.layer_sensitivity.items():
-                for text in group.formats:
-                    name = text.partition("(")[0]
-                    if name != NONE and handle not in self.groups_of[name]:
-                        self.groups_of[name].append(handle)
+                for name in map(plain_name, group.formats):
+                    if name != NONE:
+                        groups_of[name][handle] = None
+        self.groups_of = {name: list(handles) for name, handles in groups_of.items()}
         self.singles = [
             (format, handle) for format, handles in plan.singles.items() for handle in handles
         ]

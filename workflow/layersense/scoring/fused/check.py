@@ -61,7 +61,7 @@ class StockCheck:
         largest, groups = before.largest_difference, list(before.groups)
         compared = {handle: found for handle, found in self.taps.checked.items() if found}
         for handle, found in compared.items():
-            row = scores[self.taps.handles.index(handle)]
+            row = scores[self.taps.rows[handle]]
             for recipe in self.taps.active:
                 ours = float(row[self.taps.column[recipe]])
                 stock = sum(score.double().item() for score in found[recipe])

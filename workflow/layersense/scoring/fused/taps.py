@@ -44,6 +44,7 @@ class Taps:
         self.quantizers = quantizers
         self.recipes = list(quantizers.formats)
         self.handles = list(quantizers.groups)
+        self.rows = {handle: index for index, handle in enumerate(self.handles)}
         self.copies = False
         """Whether X and Y are copied, for models that overwrite them in place."""
         self.called: set[str] = set()
@@ -104,7 +105,7 @@ class Taps:
         """Return whether the loss reached a group so far."""
         if handle not in self.called:
             return "not_called"
-        return "scored" if self.handles.index(handle) in self._reached else "no_gradient"
+        return "scored" if self.rows[handle] in self._reached else "no_gradient"
 
     def add(self, group: int, columns: Sequence[int], scores: Tensor) -> None:
         """Add the scores of some formats, shape (formats,), to a group."""
