@@ -1,6 +1,7 @@
 """Budgets other than bits: a checkpoint's size, and costs that a user gives."""
 
 import csv
+import math
 
 import pytest
 import score_files as sf
@@ -55,6 +56,8 @@ def test_a_size_out_of_reach_names_the_lowest():
         decide(size_gb=0.0004)
     named = float(str(error.value).split("lowest reachable are ")[1].split()[0])
     assert lowest <= named <= lowest + 1e-4
+    fixed = math.ceil((400_000 - TOTAL) * 4 / 1e5) / 1e4
+    assert f"{fixed:g} GB of it are never searched" in str(error.value)
 
 
 def test_a_tied_head_costs_nothing_until_it_is_quantized():
@@ -126,6 +129,15 @@ def test_a_layer_without_a_cost_is_named(tmp_path):
     rows = [row for row in latencies() if row[:2] != ("lm_head", FP8)]
     file = write_table(tmp_path / "t.csv", rows)
     with pytest.raises(LayersenseError, match=f"has no cost of layer lm_head under {FP8}"):
+        decide(cost_table=config.CostTable(file=str(file), at_most=100))
+
+
+def test_rows_of_some_modules_do_not_stand_for_their_group(tmp_path):
+    group = "model.language_model.layers.0.self_attn"
+    rows = [row for row in latencies(by_group=False) if row[:2] != (f"{group}.k_proj", FP8)]
+    file = write_table(tmp_path / "t.csv", rows)
+    told = f"no cost of layer {group}.k_proj under {FP8}, which shares a format with {group}.q_proj"
+    with pytest.raises(LayersenseError, match=told):
         decide(cost_table=config.CostTable(file=str(file), at_most=100))
 
 

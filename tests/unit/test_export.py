@@ -144,13 +144,33 @@ def test_vllm_reads_a_checkpoint_of_one_algorithm():
         # `layers.1` stands in `layers.10`, and vLLM looks for parts of names.
         ("FP8", ["layers.1"], {"model.layers.10.mlp.down_proj": "FP8"}, "also matches"),
         ("FP8", [], {"visual.blocks.0.attn.qkv": "FP8"}, "vision tower"),
-        ("FP8", [], {"model.layers.0.self_attn.q_proj": "FP8"}, "as one"),
+        (
+            "FP8",
+            ["model.layers.0.self_attn.k_proj"],
+            {"model.layers.0.self_attn.q_proj": "FP8"},
+            "loads q_proj, k_proj as one",
+        ),
         ("MIXED_PRECISION", [], {"model.layers.0.mlp.down_proj": "FP8"}, "quantized_layers"),
     ],
 )  # fmt: skip
 def test_vllm_would_misread(algorithm, ignore, quantized, words):
     config, separate = _configs(algorithm, ignore)
-    assert any(words in line for line in vllm_rules.problems(config, separate, quantized))
+    found = vllm_rules.problems(config, separate, quantized, others=ignore)
+    assert any(words in line for line in found)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.up_proj",  # Nemotron's MLP has no gate
+        "model.layers.0.self_attn.q_proj",  # DeepSeek's attention makes keys and values otherwise
+        "model.layers.0.self_attn.query",
+    ],
+)
+def test_parts_that_a_model_does_not_have_differ_from_none(name):
+    others = ["lm_head", "model.layers.0.self_attn.kv_a_proj_with_mqa"]
+    config, separate = _configs("FP8", others)
+    assert vllm_rules.problems(config, separate, {name: "FP8"}, others=others) == []
 
 
 def test_vllm_mixes_what_it_knows():
@@ -624,8 +644,12 @@ def test_nothing_half_is_left_by_a_full_disk(llama, tmp_path, monkeypatch):
         subprocess.run(["umount", small], check=True)
 
 
+def _no_space(folder, needed):
+    raise LayersenseError("the disk has 0.00 GB left")
+
+
 @pytest.mark.slow
-def test_a_kill_leaves_the_earlier_checkpoint(llama, tmp_path):
+def test_a_kill_leaves_the_earlier_checkpoint(llama, tmp_path, monkeypatch):
     llama.choose(lambda number, handle: 0)
     earlier = llama.export(tmp_path)
     llama.choose(lambda number, handle: number % 3)
@@ -643,6 +667,14 @@ job.export_scheme(folder / "manifest.json", model_file=folder / "model.json",
     assert (tmp_path / ".checkpoint.part").is_dir()
     assert recheck(tmp_path / "checkpoint.json") == []
     assert read_exported(tmp_path / "checkpoint.json").digest == earlier.digest
+    # Killed between both renames, the earlier one stands aside: the next export takes it back
+    # before it does anything that may fail.
+    (tmp_path / "checkpoint").rename(tmp_path / ".checkpoint.old")
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module, "_check_space", _no_space)
+        with pytest.raises(LayersenseError, match="GB left"):
+            llama.export(tmp_path)
+    assert recheck(tmp_path / "checkpoint.json") == []
     shutil.copytree(tmp_path / "checkpoint", tmp_path / ".checkpoint.old")
     llama.export(tmp_path)
     assert {file.name for file in tmp_path.glob(".checkpoint.*")} == {".checkpoint.json.lock"}

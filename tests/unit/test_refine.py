@@ -19,10 +19,12 @@ from layersense.manifests.schema import encode_manifest, plain_name
 from layersense.quantization.formats import NONE
 from layersense.recipes.decide import with_recipe
 from layersense.recipes.menu import Menu
+from layersense.reports.measured import read_measured
+from layersense.verification.analysis import Betterment
 from layersense.verification.plan import make_plan, whole_digest
 from layersense.verification.refine import halves, mean_kl, search, single_damages, write_refined
 from layersense.verification.store import Damage, MeasuredRecipe, write_verification
-from layersense.verification.table import read_summary, verification_table
+from layersense.verification.table import REFINED, SOLVED, read_summary, verification_table
 
 UNITS = 12
 
@@ -39,7 +41,7 @@ def walk(manifest, kl_of, swaps, units=UNITS):
 
     def damage(recipe):
         kl = [10 * value for value in kl_of(recipe)]
-        return Damage(digest="x", kl=kl, agree=[0] * units, correct=None, loss=[0.0])
+        return Damage(digest="x", kl=kl, agree=[0] * units, correct=None, loss=[20.0, 20.0])
 
     for format, handles in singles.items():
         for handle in handles:
@@ -224,8 +226,32 @@ def test_the_refined_manifest_and_the_words(tmp_path):
     assert better.own_ratio == pytest.approx(better.kl / better.kl_solved)
     assert better.refined_ratio == pytest.approx(kl_of(state.refined)[0] / kl_of(state.solved)[0])
     assert re.search(r"refined one comes to [\d.]+ times", better.sentence)
+    # Half of the rows chose both, so that all rows flatter them.
+    shown = read_measured(tmp_path / "verification.parquet", "mix", [FP8, INT4])
+    assert re.search(
+        f"recipes ({SOLVED} and {REFINED}|{REFINED} and {SOLVED}), so", shown.tuned_note
+    )
     with pytest.raises(LayersenseError, match="`refine` of the run's `verify` is 0"):
         write_refined(files[0], files[1], OPTIONS, files[2])
+
+
+@pytest.mark.parametrize(
+    ("own", "refined", "words"),
+    [
+        ((1.2, 1.1, 1.3), None, "half of the rows that tuned neither, the recipe's KL is 1.2"),
+        ((1.0, 1.0, 1.0), None, "Measured damage of single groups gives the very same recipe."),
+        ((1.0, 1.0, 1.0), (0.9, 0.8, 0.95), "comes to 0.9 times (0.8 to 0.95) its KL on the h"),
+        ((1.2, 1.1, 1.3), (1.0, 1.0, 1.0), "gives; none of 6 measured recipes is better than that"),
+    ],
+)  # fmt: skip
+def test_what_measuring_won_is_told_in_words(own, refined, words):
+    names = ("refined_ratio", "refined_ratio_low", "refined_ratio_high")
+    more = dict(zip(names, refined, strict=True)) if refined else {}
+    better = Betterment(
+        kl=1.0, kl_solved=1.0, measured=6,
+        **dict(zip(("own_ratio", "own_ratio_low", "own_ratio_high"), own, strict=True)), **more,
+    )  # fmt: skip
+    assert words in better.sentence
 
 
 def read_summary_of(table, folder):

@@ -1,12 +1,14 @@
 """Recipes put onto a model: from quant_config.json, by switching, and as ModelOpt's search did."""
 
 from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import torch
 from searched import search
 from tiny_models import CAPTIONS, resolve_folder, save_tiny_llama
 
+from layersense import paths
 from layersense.calibration.database import Row
 from layersense.errors import LayersenseError
 from layersense.models.tasks import get_task
@@ -19,6 +21,7 @@ from layersense.recipes.quant_config import (
     make_parts,
 )
 from layersense.scoring.fused.quantizers import Quantizers
+from layersense.verification.apply import _beside
 from layersense.verification.replay import (
     Calibration,
     Switchboard,
@@ -281,3 +284,15 @@ def test_the_cache_is_quantized_with_the_layers_and_without_them(checkpoint, kv_
     board.clear()
     for before, after in zip(plain, outputs(loaded, data), strict=True):
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("folders", ["study/results/run/mix", "study/results/run/mix/refined", ""])
+def test_a_recipe_finds_model_and_data_in_the_results_that_it_lies_in(tmp_path, folders):
+    place = tmp_path / folders
+    place.mkdir(parents=True, exist_ok=True)
+    model = tmp_path / "study/results/models/demo/model.json"
+    model.parent.mkdir(parents=True)
+    model.write_text("{}")
+    found = _beside(place / "quant_config.json", paths.model("demo"))
+    assert (found == model) is bool(folders)
+    assert str(_beside(Path("/quant_config.json"), paths.model("demo"))).endswith("model.json")

@@ -533,6 +533,101 @@ def test_damage_that_is_not_finite_has_no_mean():
     assert json.dumps(row)
 
 
+def own_damage(found, manifest):
+    (own,) = (p for p in make_plan([manifest], OPTIONS).recipes if p.role == "scheme")
+    return found.recipes[own.digest].damage
+
+
+def test_loss_and_first_choices_have_intervals_too():
+    manifest = decide()
+    found = measured([manifest], OPTIONS)
+    damage = own_damage(found, manifest)
+    damage.loss, damage.agree = [14.0, 13.0], [3, 5, 2, 0]
+    rows = verification_table([manifest], found, OPTIONS).to_pylist()
+    (own,) = (row for row in rows if row["role"] == "scheme")
+    # Two batches of 8 and 12 tokens: both drawn, the first twice (8 / 16), the second (6 / 24).
+    assert own["loss_difference"] == pytest.approx(7 / 20)
+    assert own["loss_difference_low"] == pytest.approx(0.25)
+    assert own["loss_difference_high"] == pytest.approx(0.5)
+    # Of 3, 5, 4 and 8 positions.
+    assert own["top1_agreement"] == pytest.approx(0.5)
+    assert 0 <= own["top1_agreement_low"] < 0.2
+    assert own["top1_agreement_high"] == pytest.approx(1.0, abs=0.15)
+    assert (rows[0]["loss_difference_low"], rows[0]["top1_agreement_high"]) == (0.0, 1.0)
+
+
+def test_one_photograph_has_no_interval_and_decides_nothing():
+    manifest = decide()
+    found = measured([manifest], OPTIONS)
+    found.before.photographs = [7, 7, 7, 7]
+    table = verification_table([manifest], found, OPTIONS)
+    summary = read_summary_of(table)
+    assert summary.duels
+    assert {(duel.outcome, duel.difference_low) for duel in summary.duels} == {("even", None)}
+    assert "cannot be told apart on these rows from" in summary.verdicts[0].sentence
+    rows = table.to_pylist()
+    assert all(row["kl_low"] is None for row in rows if row["kind"] == "recipe")
+
+
+def test_a_recipe_that_breaks_the_model_is_told_first():
+    one, other = decide(name="one", effective_bits=6), decide(name="other", effective_bits=9)
+    found = measured([one, other], OPTIONS)
+    damage = own_damage(found, one)
+    damage.kl[2], damage.loss[1] = None, None
+    found.singles[INT4]["lm_head.quant_recipe"].damage.kl[1] = None
+    summary = read_summary_of(verification_table([one, other], found, OPTIONS))
+    broken, sound = summary.verdicts
+    assert broken.sentence.startswith("With the recipe the model's outputs on these rows are not")
+    assert [(f.code, f.severity) for f in broken.findings] == [("recipe-not-finite", "error")]
+    assert not sound.findings
+    assert "not finite" not in sound.sentence
+    assert {d.outcome for d in summary.duels if d.ours == "one"} == {"lost"}
+    (finding,) = (f for f in summary.findings if f.code == "damage-not-finite")
+    assert (finding.layers, finding.formats) == (["lm_head"], [INT4])
+    assert summary.findings_of([FP8]) == []
+
+
+def test_what_breaks_the_model_loses():
+    manifest = decide()
+    found = measured([manifest], OPTIONS)
+    (edges,) = (
+        planned for planned in make_plan([manifest], OPTIONS).recipes
+        if planned.role == "edges_kept" and planned.label.startswith(FP8)
+    )  # fmt: skip
+    found.recipes[edges.digest].damage.kl[0] = None
+    summary = read_summary_of(verification_table([manifest], found, OPTIONS))
+    (duel,) = (entry for entry in summary.duels if entry.theirs == edges.label)
+    assert (duel.outcome, duel.kl_theirs) == ("won", None)
+
+
+def test_a_recipe_is_not_compared_with_itself():
+    # At 16 bits nothing is quantized, from the outside in or at random.
+    manifest = decide(effective_bits=16)
+    summary = read_summary_of(
+        verification_table([manifest], measured([manifest], OPTIONS), OPTIONS)
+    )
+    assert not [duel for duel in summary.duels if duel.ours == "mix"]
+    assert "random" not in summary.verdicts[0].sentence
+    assert summary.verdicts[0].betterment is None  # nothing does no damage
+
+
+def test_recipes_are_compared_within_the_budget_that_the_scheme_has(tmp_path):
+    # Here INT4 is the slow one, so that what is as fast as FP8 has other bits.
+    costs = {NONE: 4, FP8: 1, INT4: 3}
+    lines = [f"{name},{format},{cost}" for name in sf.MODULES for format, cost in costs.items()]
+    (tmp_path / "ms.csv").write_text("\n".join(["layer,format,cost", *lines]))
+    table = {"file": str(tmp_path / "ms.csv"), "at_most": 15.0}
+    manifest = decide(effective_bits=None, cost_table=table)
+    summary = read_summary_of(
+        verification_table([manifest], measured([manifest], OPTIONS), OPTIONS)
+    )
+    assert summary.verdicts[0].equal == "within the same ms"
+    assert "equal bits" not in summary.verdicts[0].sentence
+    size = decide(effective_bits=None, size_gb=0.001)
+    summary = read_summary_of(verification_table([size], measured([size], OPTIONS), OPTIONS))
+    assert summary.verdicts[0].equal == "at equal size"
+
+
 def test_the_file_round_trips(tmp_path):
     from layersense.manifests.schema import encode_manifest
     from layersense.verification.store import read_verification, write_verification
@@ -584,6 +679,7 @@ def test_the_html_report_shows_measured_beside_predicted(tmp_path, repository):
     assert ">Token accuracy</th>" in text
     assert ">Word errors (words)</th>" in text
     assert ">40.0 % (35.0 to 44.0)</td>" in text
+    assert ">+0.250</td>" in text  # the loss of both batches rises alike
     assert ">\N{MINUS SIGN}10.0 (\N{MINUS SIGN}13.0 to \N{MINUS SIGN}8.0)</td>" in text
     assert "more is better, but of word errors less" in text
 

@@ -147,7 +147,11 @@ def _check(
     return Checked(
         problems=found,
         vllm=vllm_rules.problems(
-            config, separate, _algorithms(layouts, expected), expected.mixtures
+            config,
+            separate,
+            _algorithms(layouts, expected),
+            expected.mixtures,
+            expected.unquantized,
         ),
         tensors=len(sizes),
         bytes=sum(sizes.values()),

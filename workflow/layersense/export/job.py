@@ -102,6 +102,7 @@ def export_scheme(
     digest = _digest(manifest)
     out.parent.mkdir(parents=True, exist_ok=True)
     with only_job(out.with_name(f".{out.name}.lock")):
+        _take_back(folder)
         held = _held(out, folder, digest)
         if held is None:
             held = _export(
@@ -266,7 +267,8 @@ def _export(
         )
         _warn(exported)
         try:
-            (folder / CARD).write_text(model_card(manifest, exported, verification))
+            card = model_card(manifest, exported, verification)
+            (folder / CARD).write_text(card, encoding="utf-8")
             exported.files = _sizes(folder)
             _sync(folder)
             _put_in_place(folder, out.with_name(FOLDER))
@@ -474,6 +476,13 @@ def _put_in_place(new: Path, target: Path) -> None:
         target.rename(old)
     new.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _take_back(target: Path) -> None:
+    """Rename an earlier folder back, which made room and whose successor never came."""
+    old = target.with_name(OLD)
+    if old.exists() and not target.exists():
+        old.rename(target)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

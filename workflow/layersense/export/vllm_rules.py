@@ -46,6 +46,7 @@ def problems(
     separate: Mapping[str, Any],
     quantized: Mapping[str, str],
     mixtures: Collection[str] = (),
+    others: Collection[str] = (),
 ) -> list[str]:
     """Return why vLLM would not read a checkpoint as it is meant; empty if it would.
 
@@ -54,6 +55,7 @@ def problems(
         separate: ``hf_quant_config.json``, which holds the same in its own words.
         quantized: module → its algorithm, as it should be.
         mixtures: those of the modules that hold experts.
+        others: modules of the model that the checkpoint holds unquantized.
     """
     found = []
     section = config.get("quantization_config")
@@ -93,17 +95,24 @@ def problems(
     if odd := [name for name in mixtures if quantized.get(name, "FP8").upper() not in EXPERTS]:
         found.append(f"{_some(odd)}: vLLM does not read experts of {quantized[odd[0]]}")
     for shards in FUSED:
-        found += _unequal(quantized, shards)
+        found += _unequal(quantized, frozenset(others), shards)
     return found
 
 
-def _unequal(quantized: Mapping[str, str], shards: tuple[str, ...]) -> list[str]:
-    """Return a sentence for the first layer whose parts vLLM loads as one and that differ."""
+def _unequal(
+    quantized: Mapping[str, str], others: Collection[str], shards: tuple[str, ...]
+) -> list[str]:
+    """Return a sentence for the first layer whose parts vLLM loads as one and that differ.
+
+    A model need not have all of the parts: of an MLP without a gate, `up_proj` stands alone.
+    """
     parents = {name.rpartition(".")[0] for name in quantized if name.rpartition(".")[2] in shards}
     for parent in sorted(parents):
-        algos = {quantized.get(f"{parent}.{shard}") for shard in shards}
-        if len(algos) > 1:
-            return [f"{parent}: vLLM loads {', '.join(shards)} as one, and their formats differ"]
+        parts = [f"{parent}.{shard}" for shard in shards]
+        there = [name for name in parts if name in quantized or name in others]
+        if len({quantized.get(name) for name in there}) > 1:
+            names = ", ".join(name.rpartition(".")[2] for name in there)
+            return [f"{parent}: vLLM loads {names} as one, and their formats differ"]
     return []
 
 

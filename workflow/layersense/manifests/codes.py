@@ -54,3 +54,7 @@ class Code(StrEnum):
     """On held-out rows, scores order a format's groups unlike their damage."""
     NOT_VERIFIED = "not-verified"
     """Under `frozen`, what was to be verified and is not measured."""
+    RECIPE_NOT_FINITE = "recipe-not-finite"
+    """On held-out rows, a recipe makes the model's outputs infinite or no number."""
+    DAMAGE_NOT_FINITE = "damage-not-finite"
+    """The same of groups that were quantized alone."""

@@ -212,17 +212,22 @@ def _table_cost(
     format: str,
     file: str,
 ) -> float:
-    """Return a group's cost: of the row that names the group, or of those that name its modules."""
-    for name in (handle, handle.removesuffix(SUFFIX)):
-        # A group goes by the name of one of its modules: with rows for all, they add up.
-        if (name, format) in table and not all(
-            (module, format) in table for module in group.module_names
-        ):
-            return table[name, format]
-    missing = [name for name in group.module_names if (name, format) not in table]
+    """Return a group's cost: of the row that names the group, or of those that name its modules.
+
+    A group goes by the name of one of its modules: a row of that name is the group's where no other
+    module has one, and else that module's.
+    """
+    name = handle.removesuffix(SUFFIX)
+    if (handle, format) in table:
+        return table[handle, format]
+    there = {module for module in group.module_names if (module, format) in table}
+    if (name, format) in table and there <= {name}:
+        return table[name, format]
+    missing = [module for module in group.module_names if module not in there]
     if missing:
+        beside = f", which shares a format with {min(there)}" if there else ""
         raise LayersenseError(
-            f"{file}: has no cost of layer {missing[0]} under {format}; give a row for every "
-            "searched layer under every format of the scheme and under NONE"
+            f"{file}: has no cost of layer {missing[0]} under {format}{beside}; give a row for "
+            "every searched layer under every format of the scheme and under NONE"
         )
-    return fsum(table[name, format] for name in group.module_names)
+    return fsum(table[module, format] for module in group.module_names)

@@ -570,6 +570,11 @@ def _unreachable(
     )
     if left_out := [name for name in scheme.all_formats if name in scores.left_out]:
         limits += f"{'; ' if limits else ''}{' and '.join(left_out)} could not be measured"
+    if limit.kind == "size":
+        limits += (
+            f"{'; ' if limits else ''}{ceil_digits(limit.fixed):g} GB of it are never searched, "
+            "such as embeddings"
+        )
     if scheme.target != "generic":
         title = TARGETS[scheme.target].title
         limits += f"{'; ' if limits else ''}with formats that {title} reads together"

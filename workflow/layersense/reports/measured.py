@@ -11,7 +11,7 @@ from layersense.manifests.schema import Finding
 from layersense.reports.result import read_table
 from layersense.reports.text import number, percent, plain
 from layersense.verification.analysis import Correlation, Duel, Summary, Verdict
-from layersense.verification.plan import UNNAMED
+from layersense.verification.plan import TUNED, UNNAMED
 from layersense.verification.table import read_summary
 
 Rows = list[dict[str, Any]]
@@ -119,6 +119,37 @@ class Measured:
             "the units of the loss"
         )
 
+    @staticmethod
+    def kl(value: float | None) -> str:
+        """Return a measured KL in words."""
+        return "not finite" if value is None else number(value)
+
+    @staticmethod
+    def risen(row: dict[str, Any]) -> str:
+        """Return the loss difference of a row, with its interval."""
+        value, low, high = (row[f"loss_difference{end}"] for end in ("", "_low", "_high"))
+        return _with_interval(value, low, high, _signed, _signed)
+
+    @staticmethod
+    def agreement(row: dict[str, Any]) -> str:
+        """Return in percent how often a row's first choice is the same, with its interval."""
+        value, low, high = (row[f"top1_agreement{end}"] for end in ("", "_low", "_high"))
+        return _with_interval(value, low, high, percent, _percentage)
+
+    @property
+    def tuned_note(self) -> str | None:
+        """Say which recipes half of these rows chose; None if there are none."""
+        names = [row["label"] for row in self.recipes if row["role"] in TUNED]
+        if not names:
+            return None
+        judged = (
+            " The sentence above judges them on the other half." if self.verdict.betterment else ""
+        )
+        return (
+            f"Half of these rows chose the recipe{'s' * (len(names) > 1)} {' and '.join(names)}, "
+            f"so that their numbers here are too good.{judged}"
+        )
+
     @property
     def metrics_note(self) -> str:
         """How to read the metrics and their intervals."""
@@ -154,20 +185,25 @@ class Measured:
 
     @property
     def findings(self) -> list[Finding]:
-        """Of the run, without those about formats that the scheme does not have."""
-        return self.summary.findings_of(self.formats)
+        """Of this recipe, and of the run without those about formats that it does not have."""
+        return [*self.verdict.findings, *self.summary.findings_of(self.formats)]
 
     @property
     def random(self) -> dict[str, Any] | None:
         """How many random recipes there are, with the best and the median KL."""
-        found = [row["kl"] for row in self.all_recipes if row["role"] == "random" and row["kl"]]
+        own = self.chosen["recipe_digest"] if self.chosen else None
+        found = [
+            row["kl"]
+            for row in self.all_recipes
+            if row["role"] == "random" and row["kl"] is not None and row["recipe_digest"] != own
+        ]
         if not found:
             return None
         return {"count": len(found), "median": median(found), "best": min(found)}
 
     @property
     def duels(self) -> list[Duel]:
-        """The solver's choices against recipes of equal bits, but random ones."""
+        """The solver's choices against recipes within the same budget, but random ones."""
         random = {row["label"] for row in self.all_recipes if row["role"] == "random"}
         return [
             entry

@@ -63,23 +63,34 @@ class Correlation(msgspec.Struct, kw_only=True):
 
 
 class Duel(msgspec.Struct, kw_only=True):
-    """Two recipes of equal bits, measured on the same rows."""
+    """Two recipes within the same budget, measured on the same rows."""
 
     scheme: str
     ours: str
     """Label of the recipe that the solver chose."""
     theirs: str
     bits: float
-    """Of the other recipe; ours has no more."""
-    kl_ours: float
-    kl_theirs: float
-    difference_low: float
-    """95 % interval of theirs − ours, by bootstrap over the same units."""
-    difference_high: float
+    """Of the other recipe. Ours takes no more of what the scheme's budget counts."""
+    kl_ours: float | None
+    """None where not finite."""
+    kl_theirs: float | None
+    difference_low: float | None
+    """95 % interval of theirs − ours, by bootstrap over the same units; None where there are fewer
+    than two, or a KL is not finite."""
+    difference_high: float | None
 
     @property
     def outcome(self) -> str:
-        """``won``, ``lost``, or ``even`` where the interval of the difference holds zero."""
+        """``won``, ``lost``, or ``even`` where the interval of the difference holds zero.
+
+        What is not finite is worse than all that is.
+        """
+        if self.kl_ours is None or self.kl_theirs is None:
+            if self.kl_ours is self.kl_theirs:
+                return "even"
+            return "lost" if self.kl_ours is None else "won"
+        if self.difference_low is None or self.difference_high is None:
+            return "even"
         if self.difference_low > 0:
             return "won"
         return "lost" if self.difference_high < 0 else "even"
@@ -112,16 +123,29 @@ class Betterment(msgspec.Struct, kw_only=True):
     @property
     def sentence(self) -> str:
         """What it comes to, in words."""
-        parts = [
-            f"On the half of the rows that tuned neither, the recipe's KL is {self.own_ratio:.3g} "
-            f"times ({self.own_ratio_low:.3g} to {self.own_ratio_high:.3g}) that of the recipe "
-            "which measured damage of single groups gives"
-        ]
-        if self.refined_ratio is not None:
+        half = "the half of the rows that tuned neither"
+        solved_is_own = self.own_ratio_low == self.own_ratio == self.own_ratio_high == 1
+        if solved_is_own:
+            parts = ["Measured damage of single groups gives the very same recipe"]
+        else:
+            parts = [
+                f"On {half}, the recipe's KL is {self.own_ratio:.3g} times "
+                f"({self.own_ratio_low:.3g} to {self.own_ratio_high:.3g}) that of the recipe which "
+                "measured damage of single groups gives"
+            ]
+        if self.refined_ratio is None:
+            pass
+        elif self.refined_ratio_low == self.refined_ratio == self.refined_ratio_high == 1:
+            parts.append(
+                f"none of {self.measured} measured recipes is better than that beyond the noise "
+                "of the rows"
+            )
+        else:
+            where = f" its KL on {half}" if solved_is_own else ""
             parts.append(
                 f"{self.measured} measured recipes later, the refined one comes to "
                 f"{self.refined_ratio:.3g} times ({self.refined_ratio_low:.3g} to "
-                f"{self.refined_ratio_high:.3g})"
+                f"{self.refined_ratio_high:.3g}){where}"
             )
         return f"{'; '.join(parts)}."
 
@@ -135,6 +159,10 @@ class Verdict(msgspec.Struct, kw_only=True):
     additivity: float | None
     """Measured KL of the recipe / sum of the measured KL of its groups alone; None where not every
     group was measured alone."""
+    equal: str = "at equal bits"
+    """Within which budget recipes are compared, in words."""
+    findings: list[Finding] = []
+    """What speaks against this scheme's recipe."""
     betterment: Betterment | None = None
     """None where there are too few rows to halve, or something is not measured."""
 

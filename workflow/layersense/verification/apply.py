@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from layersense import paths
 from layersense.errors import LayersenseError
 from layersense.files import atomic_path
 from layersense.models.checkpoints import read_checkpoint
@@ -29,9 +30,8 @@ def apply_recipe(
             or the model is not quantized as the recipe says.
     """
     config = read_quant_config(file)
-    results = file.resolve().parents[2]
-    model_file = model_file or results / "models" / config.model_name / "model.json"
-    database_file = database_file or results / "calibration" / f"{config.dataset_name}.sqlite"
+    model_file = model_file or _beside(file, paths.model(config.model_name))
+    database_file = database_file or _beside(file, paths.calibration(config.dataset_name))
     for path, option in ((model_file, "--model"), (database_file, "--database")):
         if not path.exists():
             raise LayersenseError(f"{path}: is not there; say where it is with {option}")
@@ -68,3 +68,14 @@ def apply_recipe(
     parts = ", ".join(f"{len(part.modules)} modules {part.format}" for part in config.parts)
     saved = f", saved as {out}" if out else ""
     return f"{config.model}: {parts or 'nothing quantized'}; all as the recipe says{saved}"
+
+
+def _beside(file: Path, wanted: str) -> Path:
+    """Return where a file of the workflow is, in the results that a recipe lies in.
+
+    A scheme's own recipe lies three folders deep in them, a refined one four.
+    """
+    places = [
+        folder / Path(wanted).relative_to(paths.RESULTS) for folder in file.resolve().parents[2:4]
+    ]
+    return next((place for place in places if place.exists()), (*places, Path(wanted))[0])

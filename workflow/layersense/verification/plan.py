@@ -26,6 +26,8 @@ AT_ITS_BITS = ("outer_first", "random")
 """Roles of recipes at the scheme's own bits, which its recipe is compared with."""
 CACHE = "key-value cache"
 """Stands among the handles where a recipe's digest is taken."""
+TUNED = ("solved", "refined")
+"""Roles of recipes that half of the rows chose."""
 UNNAMED = ("random", "rival")
 """Roles of recipes that are there to compare with, and not by themselves."""
 

@@ -17,7 +17,14 @@ from layersense.errors import LayersenseError
 from layersense.files import atomic_path, canonical_json
 from layersense.manifests.codes import Code
 from layersense.manifests.read import read_own_manifest
-from layersense.manifests.schema import SUFFIX, Finding, LayerSensitivity, Manifest, plain_name
+from layersense.manifests.schema import (
+    SUFFIX,
+    Budget,
+    Finding,
+    LayerSensitivity,
+    Manifest,
+    plain_name,
+)
 from layersense.quantization.formats import NONE
 from layersense.recipes.menu import Menu
 from layersense.verification.analysis import (
@@ -59,8 +66,12 @@ UNITS = {
     "kl_high": "upper end of the 95 % bootstrap interval of kl over the units",
     "loss": "per supervised token (per sample where there are none)",
     "loss_difference": "loss minus that of the unquantized model",
+    "loss_difference_low": "lower end of its 95 % interval, by bootstrap over the batches",
+    "loss_difference_high": "upper end of its 95 % interval, by bootstrap over the batches",
     "perplexity": "exp(loss); null for tasks without tokens",
     "top1_agreement": "share of positions with the same first choice as before, 0 to 1",
+    "top1_agreement_low": "lower end of its 95 % bootstrap interval over the units",
+    "top1_agreement_high": "upper end of its 95 % bootstrap interval over the units",
     "top1_accuracy": "share of positions whose first choice is the label, 0 to 1",
     "metrics": "the task's own metrics over all held-out rows, null for single groups: name; "
     "value, in unit (share: 0 to 1); low and high, its 95 % interval by bootstrap over "
@@ -93,8 +104,11 @@ VERIFICATION = pa.schema(
         ("effective_bits", pa.float64()),
         *((name, pa.float64()) for name in ("predicted", "predicted_low", "predicted_high")),
         *((name, pa.float64()) for name in ("kl", "kl_low", "kl_high")),
-        *((name, pa.float64()) for name in ("loss", "loss_difference", "perplexity")),
-        *((name, pa.float64()) for name in ("top1_agreement", "top1_accuracy")),
+        *((name, pa.float64()) for name in ("loss", "loss_difference")),
+        *((name, pa.float64()) for name in ("loss_difference_low", "loss_difference_high")),
+        *((name, pa.float64()) for name in ("perplexity", "top1_agreement")),
+        *((name, pa.float64()) for name in ("top1_agreement_low", "top1_agreement_high")),
+        ("top1_accuracy", pa.float64()),
         ("metrics", pa.list_(pa.struct(_METRIC))),
         ("sum_of_singles", pa.float64()),
         ("rival_of", pa.string()),
@@ -283,12 +297,14 @@ def verification_table(
         duels=duels,
         verdicts=[
             structs.replace(
-                _verdict(name, measured, duels, alone),
-                betterment=_betterment(found, measured, name, state),
+                _verdict(manifest, measured, duels, alone),
+                betterment=_betterment(
+                    found, measured, manifest.scheme.name, searches[manifest.scheme.name]
+                ),
             )
-            for name, state in searches.items()
+            for manifest in manifests
         ],
-        findings=[*_unmeasured(missing), *_findings(correlations)],
+        findings=[*_unmeasured(missing), *_broken(rows), *_findings(correlations)],
         heldout_samples=found.heldout_samples,
         positions=sum(found.before.positions),
         exact_reuse=found.exact_reuse,
@@ -354,9 +370,22 @@ def _row(found: Verification, damage: Damage | None, **more: Any) -> dict[str, A
     losses = before.loss if damage is None else damage.loss
     tokens, positions = sum(before.tokens), sum(before.positions)
     loss = None if None in losses else math.fsum(v for v in losses if v is not None) / tokens
-    loss_before = math.fsum(before.loss) / tokens
     kl, low, high = (
         (0.0, 0.0, 0.0) if damage is None else mean_with_interval(damage.kl, before.positions)
+    )
+    risen, risen_low, risen_high = (
+        (0.0, 0.0, 0.0)
+        if damage is None
+        else mean_with_interval(
+            [
+                None if loss is None else loss - other
+                for loss, other in zip(damage.loss, before.loss, strict=True)
+            ],
+            before.tokens,
+        )
+    )
+    agreed, agreed_low, agreed_high = (
+        (1.0, 1.0, 1.0) if damage is None else mean_with_interval(damage.agree, before.positions)
     )
     correct = before.correct if damage is None else damage.correct
     # A loss per token has a perplexity; that of a sample has none.
@@ -367,9 +396,13 @@ def _row(found: Verification, damage: Damage | None, **more: Any) -> dict[str, A
         "kl_low": low,
         "kl_high": high,
         "loss": loss,
-        "loss_difference": None if loss is None else loss - loss_before,
+        "loss_difference": risen,
+        "loss_difference_low": risen_low,
+        "loss_difference_high": risen_high,
         "perplexity": math.exp(loss) if loss is not None and loss < 700 and per_token else None,
-        "top1_agreement": 1.0 if damage is None else sum(damage.agree) / positions,
+        "top1_agreement": agreed,
+        "top1_agreement_low": agreed_low,
+        "top1_agreement_high": agreed_high,
         "top1_accuracy": None if correct is None else sum(correct) / positions,
         "metrics": None
         if more["kind"] == "group"
@@ -441,7 +474,7 @@ def _duels(
             ours, theirs = own, (planned, damage, kl)
         else:
             continue
-        if ours[2] is None or theirs[2] is None:
+        if ours[0].digest == theirs[0].digest:
             continue
         low, high = difference_interval(ours[1].kl, theirs[1].kl, positions)
         yield Duel(
@@ -451,31 +484,46 @@ def _duels(
             bits=theirs[0].effective_bits,
             kl_ours=ours[2],
             kl_theirs=theirs[2],
-            difference_low=low,
-            difference_high=high,
+            difference_low=low if math.isfinite(low) else None,
+            difference_high=high if math.isfinite(high) else None,
         )
 
 
 def _verdict(
-    scheme: str,
+    manifest: Manifest,
     measured: Mapping[tuple[str, str], tuple[Planned, Damage, float | None]],
     duels: Sequence[Duel],
     alone: Mapping[tuple[str, str], float],
 ) -> Verdict:
+    scheme, equal = manifest.scheme.name, _equal(manifest.autoquant_state.budget)
     if (scheme, scheme) not in measured:
-        return Verdict(scheme=scheme, sentence="The recipe is not measured yet.", additivity=None)
+        return Verdict(
+            scheme=scheme,
+            sentence="The recipe is not measured yet.",
+            additivity=None,
+            equal=equal,
+        )
     planned, _, kl = measured[scheme, scheme]
     total = _sum_of_singles(planned, alone)
     own = [duel for duel in duels if duel.scheme == scheme]
     random = [duel for duel in own if measured[scheme, duel.theirs][0].role == "random"]
     others = [duel for duel in own if duel not in random]
     parts = []
-    if random and kl is not None:
-        beaten = sum(duel.kl_ours < duel.kl_theirs for duel in random)
-        ratio = float(np.median([duel.kl_theirs for duel in random])) / kl if kl else math.inf
+    if kl is None:
         parts.append(
-            f"at its own bits the recipe beats {beaten} of {len(random)} random recipes, whose "
-            f"median KL is {ratio:.3g} times its own"
+            "with the recipe the model's outputs on these rows are not finite, so that it is of no "
+            "use"
+        )
+    elif random:
+        theirs = [math.inf if duel.kl_theirs is None else duel.kl_theirs for duel in random]
+        median = float(np.median(theirs))
+        if not math.isfinite(median):
+            told = "not finite"
+        else:
+            told = f"{median / kl:.3g} times its own" if kl else f"{median:.3g}, and its own is 0"
+        parts.append(
+            f"at its own bits the recipe beats {sum(kl < other for other in theirs)} of "
+            f"{len(random)} random recipes, whose median KL is {told}"
         )
     for outcome, words in (
         ("won", "does better than"),
@@ -484,13 +532,56 @@ def _verdict(
     ):
         names = [duel.theirs for duel in others if duel.outcome == outcome]
         if names:
-            parts.append(f"at equal bits the solver's choice {words} {_and(names)}")
-    sentence = "; ".join(parts) or "there is nothing to compare it with"
+            parts.append(f"{equal} the solver's choice {words} {_and(names)}")
+    sentence = "; ".join(parts) or "there is no other recipe to compare it with"
     return Verdict(
         scheme=scheme,
         sentence=f"{sentence[0].upper()}{sentence[1:]}.",
         additivity=kl / total if kl is not None and total else None,
+        equal=equal,
+        findings=[] if kl is not None else [_no_use(scheme)],
     )
+
+
+def _equal(budget: Budget) -> str:
+    """Return within which budget recipes are compared."""
+    if budget.kind == "bits":
+        return "at equal bits"
+    return "at equal size" if budget.kind == "size" else f"within the same {budget.unit}"
+
+
+def _no_use(scheme: str) -> Finding:
+    return Finding(
+        code=Code.RECIPE_NOT_FINITE,
+        severity="error",
+        what=f"With the recipe of scheme {scheme} the model's outputs on held-out rows are "
+        "infinite or no number.",
+        why="A quantizer's range does not hold what the layer sees, or the model overflows in its "
+        "own type.",
+        fix="Do not ship it. Look which groups alone do this (verification.parquet), exclude them "
+        "or the format, or run with a wider dtype.",
+    )
+
+
+def _broken(rows: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Tell which formats have groups whose measured damage has no number."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row["kind"] == "group" and row["kl"] is None:
+            found.setdefault(row["format"], []).append(row["layer"])
+    for format, layers in found.items():
+        yield Finding(
+            code=Code.DAMAGE_NOT_FINITE,
+            severity="warning",
+            what=f"{len(layers)} of the groups that were quantized alone under {format} make the "
+            "model's outputs on held-out rows infinite or no number.",
+            why="A quantizer's range does not hold what the layer sees, or the model overflows in "
+            "its own type. No correlation and no sum of single damages counts them.",
+            fix="Leave these layers out of the format (exclude, search_spaces), or run with a "
+            "wider dtype.",
+            layers=layers,
+            formats=[format],
+        )
 
 
 def _findings(correlations: Sequence[Correlation]) -> Iterator[Finding]:
