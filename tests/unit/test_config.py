@@ -227,6 +227,9 @@ def test_a_key_value_cache_needs_a_model_that_has_one() -> None:
     data["schemes"]["fp8"]["target"] = "tensorrt"
     (line,) = problems(data)
     assert line.startswith("schemes.fp8.kv_cache: expected `none`: TensorRT reads no key-value")
+    data["schemes"]["fp8"].update(target="vllm", kv_cache="nvfp4")
+    line = next(line for line in problems(data) if "vLLM" in line)
+    assert line.startswith("schemes.fp8.kv_cache: expected `none`, `fp8` or `fp8_cast`: vLLM reads")
 
 
 def test_what_cannot_be_exported_is_refused() -> None:

@@ -167,6 +167,10 @@ def test_a_config_expands_its_recipes_and_keys_beside_them_win(own):
         (("[{$import: fp8}]", "[{$import: fp4}]"), r"\$import fp4 is not among its imports"),
         (("  constraints:", "  costs: 1\n  constraints:"), "has no key `costs`"),
         (("imports:", "quantize: {quant_cfg: []}\nimports:"), "fixed baseline"),
+        (
+            ("[{$import: fp8}]", "[{$import: fp8, effective_bits: 7.5}]"),
+            r"bills FP8_ALL_LAYERS_CFG at 7\.5 bits .*which takes 8",
+        ),
     ],
 )
 def test_what_a_scheme_cannot_say_is_told(tmp_path, change, message):

@@ -555,10 +555,12 @@ class _Checker:
                     f"{_or(runtime.formats)}, or another `target`",
                 )
         cache = scheme.get("kv_cache")
-        if cache in KV_CACHES and not any(cache in entry.formats for entry in runtime.caches):
+        read = [name for entry in runtime.caches for name in entry.formats]
+        if cache in KV_CACHES and cache not in read:
             self.add(
                 (*path, "kv_cache"),
-                f"expected `none`: {runtime.title} reads no key-value cache in this format",
+                f"expected {_or(['none', *read])}: {runtime.title} reads no key-value cache in "
+                "another format",
                 cache,
             )
 

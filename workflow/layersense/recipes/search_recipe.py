@@ -180,6 +180,13 @@ def _format_name(quantize: Mapping[str, Any], where: str) -> str:
     wanted = {"weight": weight, "input": act, "algorithm": algorithm}
     for name, format in known_formats().items():
         if wanted.items() <= format_settings(format).items():
+            billed = quantize.get("effective_bits")
+            if billed is not None and billed != format.effective_bits:
+                raise LayersenseError(
+                    f"{where}: bills {name} at {billed:g} bits (effective_bits of a candidate), "
+                    f"which takes {format.effective_bits:g}; leave that out, or write the scheme's "
+                    "keys with a budget that fits"
+                )
             return name
     raise LayersenseError(
         f"{where}: a candidate is none of the known formats (weight {weight}, input {act}, "

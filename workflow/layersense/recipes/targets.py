@@ -182,7 +182,10 @@ TARGETS: Mapping[str, Runtime] = {
                 routers=True,
             ),
         ),
-        caches=(Cached(_CACHES, f"{VLLM}, KV_CACHE_QUANT_ALGOS"),),
+        caches=(
+            # It knows NVFP4, but not as ModelOpt writes it into config.json.
+            Cached(("fp8", "fp8_cast"), f"{VLLM}, ModelOptQuantConfigBase.from_config"),
+        ),
     ),
     "tensorrt-llm": Runtime(
         title="TensorRT-LLM",
