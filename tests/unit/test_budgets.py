@@ -13,6 +13,7 @@ from layersense.recipes.decide import build_manifest
 from layersense.scoring.scores import Layer
 
 FP8, INT8, INT4 = sf.FORMATS
+COSTED = (FP8, INT4, "NONE")
 TOTAL = sum(weights for _, weights in sf.MODULES.values())
 
 
@@ -58,6 +59,18 @@ def test_a_size_out_of_reach_names_the_lowest():
     assert lowest <= named <= lowest + 1e-4
     fixed = math.ceil((400_000 - TOTAL) * 4 / 1e5) / 1e4
     assert f"{fixed:g} GB of it are never searched" in str(error.value)
+
+
+@pytest.mark.parametrize("each", [1763.6631, 0.763663, 123_456.7891])
+def test_the_lowest_that_is_named_can_be_asked_for(tmp_path, each):
+    table = tmp_path / "costs.csv"
+    write_table(table, [(name, format, each) for name in sf.MODULES for format in COSTED])
+    budget = {"file": str(table), "at_most": each}
+    with pytest.raises(LayersenseError, match="cannot be met") as error:
+        decide(cost_table=config.CostTable(**budget))
+    named = float(str(error.value).split("lowest reachable are ")[1].split()[0])
+    assert named == pytest.approx(each * len(sf.MODULES), rel=1e-3)
+    assert decide(cost_table=config.CostTable(**{**budget, "at_most": named})).autoquant_state
 
 
 def test_a_tied_head_costs_nothing_until_it_is_quantized():

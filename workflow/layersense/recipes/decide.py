@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from math import fsum
+from math import ceil, floor, fsum, log10
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -579,7 +579,6 @@ def _unreachable(
         title = TARGETS[scheme.target].title
         limits += f"{'; ' if limits else ''}with formats that {title} reads together"
     data = "give the run data that reaches them, " if set(kept) & set(NOT_REACHED.values()) else ""
-    # Rounded up, so that the number named can be asked for.
     reachable = ceil_digits(limit.used(lowest))
     return (
         f"{where}: {limit.asked:g} {limit.unit} cannot be met, the lowest reachable "
@@ -589,8 +588,12 @@ def _unreachable(
 
 
 def ceil_digits(value: float) -> float:
-    """Return ``value`` rounded up to four decimals."""
-    return -(-value * 1e4 // 1) / 1e4
+    """Return ``value`` rounded up to four decimals, or to the six digits that ``:g`` shows.
+
+    So that the number which is named can be asked for.
+    """
+    factor = min(1e4, 10.0 ** (5 - floor(log10(max(value, 1.0)))))
+    return ceil(value * factor) / factor
 
 
 def _layers(
