@@ -171,8 +171,21 @@ def test_a_config_expands_its_recipes_and_keys_beside_them_win(own):
             ("[{$import: fp8}]", "[{$import: fp8, effective_bits: 7.5}]"),
             r"bills FP8_ALL_LAYERS_CFG at 7\.5 bits .*which takes 8",
         ),
+        ((OWN, ""), "is empty"),
+        ((OWN, "[]"), "expected a mapping"),
+        (("{recipe_type: auto_quantize}", "auto_quantize"), r"is no search recipe"),
+        (("  fp8: configs/ptq/presets/model/fp8", "  fp8: 3"), "imports: expected names and paths"),
+        (("[{$import: fp8}]", "[{$import: [[fp8]]}]"), r"\$import \[\['fp8'\]\] is not among"),
+        (("{$import: cache}", "{$import: base}"), r"\$import base is no mapping"),
+        (("bits: 9.0", "bits: many"), r"auto_quantize: Expected `float`.*constraints\.effective"),
+        (('    - module_name_patterns: ["*lm_head*"]', "    - module_names: []"),
+         "missing required field `module_name_patterns`"),
+        (("candidate_formats: [{$import: fp8}]", "candidate_formats:"), "Expected `array`"),
+        (("[{$import: fp8}]", "[{quant_cfg: [{cfg: {num_bits: 8}}]}]"),
+         "missing required field `quantizer_name`"),
+        (("[{$import: fp8}]", "&a [*a]"), "is nested too deeply"),
     ],
-)
+)  # fmt: skip
 def test_what_a_scheme_cannot_say_is_told(tmp_path, change, message):
     file = tmp_path / "broken.yaml"
     file.write_text(OWN.replace(*change))

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
 from layersense.errors import LayersenseError
@@ -26,10 +27,53 @@ from layersense.quantization.formats import (
 from layersense.quantization.kv_cache import KV_CACHES
 
 _IMPORT = "$import"
-_KNOWN = {
-    "constraints", "candidate_formats", "module_search_spaces", "auto_quantize_method",
-    "score_size", "disabled_layers", "cost_excluded_layers", "kv_cache",
-}  # fmt: skip
+
+
+class _Entry(msgspec.Struct, kw_only=True):
+    """An entry of a config's ``quant_cfg``."""
+
+    quantizer_name: str
+    parent_class: str | None = None
+    cfg: dict[str, Any] | list[dict[str, Any]] | None = None
+    enable: bool = True
+
+
+class _Quantize(msgspec.Struct, kw_only=True):
+    """A config of `mtq.quantize`."""
+
+    quant_cfg: list[_Entry] = []
+    algorithm: str | dict[str, Any] | None = "max"
+    effective_bits: float | None = None
+
+
+class _Space(msgspec.Struct, kw_only=True):
+    module_name_patterns: list[str]
+    candidate_formats: list[_Quantize]
+    allow_no_quant: bool = True
+
+
+class _Cost(msgspec.Struct, kw_only=True):
+    active_moe_expert_ratio: float | None = None
+
+
+class _Constraints(msgspec.Struct, kw_only=True):
+    effective_bits: float = 4.8
+    cost_model: str = "weight"
+    cost: _Cost | None = None
+
+
+class _Search(msgspec.Struct, kw_only=True):
+    """The section ``auto_quantize`` of a recipe."""
+
+    constraints: _Constraints | None = None
+    candidate_formats: list[_Quantize] = []
+    module_search_spaces: list[_Space] = []
+    disabled_layers: list[str] = []
+    cost_excluded_layers: list[str] = []
+    kv_cache: _Quantize | None = None
+    # The run's.
+    auto_quantize_method: Any = None
+    score_size: Any = None
 
 
 def scheme_of(name: str) -> dict[str, Any]:
@@ -47,7 +91,8 @@ def scheme_of(name: str) -> dict[str, Any]:
     """
     body = read_recipe(name)
     where = f"recipe {name}"
-    kind = (body.get("metadata") or {}).get("recipe_type")
+    metadata = body.get("metadata")
+    kind = metadata.get("recipe_type") if isinstance(metadata, dict) else None
     if kind != "auto_quantize" or not isinstance(body.get("auto_quantize"), dict):
         raise LayersenseError(
             f"{where}: is no search recipe (recipe_type {kind}); expected `auto_quantize`"
@@ -57,34 +102,40 @@ def scheme_of(name: str) -> dict[str, Any]:
             f"{where}: has a fixed baseline (`quantize`), which a scheme cannot say; give its "
             "layers an entry of module_search_spaces with one format and allow_no_quant: false"
         )
-    search = body["auto_quantize"]
-    if unknown := sorted(set(search) - _KNOWN):
+    known = _Search.__struct_fields__
+    if unknown := [key for key in body["auto_quantize"] if key not in known]:
         raise LayersenseError(f"{where}: auto_quantize has no key `{unknown[0]}`")
-    constraints = search.get("constraints") or {}
+    try:
+        search = msgspec.convert(body["auto_quantize"], _Search)
+    except msgspec.ValidationError as error:
+        raise LayersenseError(
+            f"{where}: auto_quantize: {error}; compare it with one of ModelOpt's"
+        ) from error
+    constraints = search.constraints or _Constraints()
     found: dict[str, Any] = {
-        "quant_formats": [_format_name(one, where) for one in search.get("candidate_formats", [])],
-        "effective_bits": float(constraints.get("effective_bits", 4.8)),
-        "exclude": list(search.get("disabled_layers", [])),
-        "cost_excluded": list(search.get("cost_excluded_layers", [])),
+        "quant_formats": [_format_name(one, where) for one in search.candidate_formats],
+        "effective_bits": constraints.effective_bits,
+        "exclude": search.disabled_layers,
+        "cost_excluded": search.cost_excluded_layers,
         "search_spaces": [
             {
-                "layers": list(space["module_name_patterns"]),
-                "quant_formats": [_format_name(one, where) for one in space["candidate_formats"]],
-                "unquantized": bool(space.get("allow_no_quant", True)),
+                "layers": space.module_name_patterns,
+                "quant_formats": [_format_name(one, where) for one in space.candidate_formats],
+                "unquantized": space.allow_no_quant,
             }
-            for space in search.get("module_search_spaces", [])
+            for space in search.module_search_spaces
         ],
     }
-    if constraints.get("cost_model", "weight") == "active_moe":
-        ratio = (constraints.get("cost") or {}).get("active_moe_expert_ratio")
+    if constraints.cost_model == "active_moe":
+        ratio = constraints.cost.active_moe_expert_ratio if constraints.cost else None
         if ratio is None:
             raise LayersenseError(
                 f"{where}: cost_model active_moe needs cost.active_moe_expert_ratio here, the "
                 "share of the routed experts that a token runs through"
             )
-        found["active_expert_ratio"] = float(ratio)
-    if search.get("kv_cache") is not None:
-        found["kv_cache"] = _cache_name(search["kv_cache"], where)
+        found["active_expert_ratio"] = ratio
+    if search.kv_cache is not None:
+        found["kv_cache"] = _cache_name(search.kv_cache, where)
     return found
 
 
@@ -101,7 +152,10 @@ def read_recipe(name: str) -> dict[str, Any]:
             f"recipe {name}: is neither a file nor one of ModelOpt's "
             f"({', '.join(path for path in library() if path.startswith('general/'))})"
         )
-    content = _resolve(documents, name, ())
+    try:
+        content = _resolve(documents, name, ())
+    except RecursionError as error:  # YAML can refer to what it stands in
+        raise LayersenseError(f"recipe {name}: is nested too deeply") from error
     if not isinstance(content, dict):
         raise LayersenseError(f"recipe {name}: expected a mapping")
     return content
@@ -129,8 +183,15 @@ def _resolve(documents: Sequence[Any], where: str, loading: tuple[str, ...]) -> 
     """Return the body of a file; its imports stand beside it, or in a document before it."""
     if where in loading:
         raise LayersenseError(f"{where}: imports itself, through {' → '.join(loading)}")
-    head = documents[0] if documents and isinstance(documents[0], dict) else {}
+    if not documents:
+        raise LayersenseError(f"{where}: is empty")
+    head = documents[0] if isinstance(documents[0], dict) else {}
     imports = head.get("imports") or {}
+    if not (
+        isinstance(imports, dict)
+        and all(isinstance(word, str) for pair in imports.items() for word in pair)
+    ):
+        raise LayersenseError(f"{where}: imports: expected names and paths")
     body = documents[-1]
     if isinstance(body, dict):
         body = {key: value for key, value in body.items() if key != "imports"}
@@ -145,8 +206,8 @@ def _resolve(documents: Sequence[Any], where: str, loading: tuple[str, ...]) -> 
 
 
 def _filled(value: Any, known: Mapping[str, Any], where: str) -> Any:
-    def imported(name: str) -> Any:
-        if name not in known:
+    def imported(name: Any) -> Any:
+        if not isinstance(name, str) or name not in known:
             raise LayersenseError(f"{where}: {_IMPORT} {name} is not among its imports")
         return known[name]
 
@@ -156,7 +217,9 @@ def _filled(value: Any, known: Mapping[str, Any], where: str) -> Any:
         merged: dict[Any, Any] = {}
         names = value[_IMPORT]
         for name in names if isinstance(names, list) else [names]:
-            merged.update(imported(name))
+            if not isinstance(found := imported(name), dict):
+                raise LayersenseError(f"{where}: {_IMPORT} {name} is no mapping and stands in one")
+            merged.update(found)
         own = {key: item for key, item in value.items() if key != _IMPORT}
         return _filled({**merged, **own}, known, where)
     if isinstance(value, list):
@@ -171,16 +234,16 @@ def _filled(value: Any, known: Mapping[str, Any], where: str) -> Any:
     return value
 
 
-def _format_name(quantize: Mapping[str, Any], where: str) -> str:
+def _format_name(quantize: _Quantize, where: str) -> str:
     """Return the format that a candidate is, whichever layers its patterns leave out."""
     weight, act = (_stages(quantize, side) for side in ("weight", "input"))
-    algorithm = quantize.get("algorithm", "max")
+    algorithm = quantize.algorithm
     if isinstance(algorithm, str):
         algorithm = {"method": algorithm}
     wanted = {"weight": weight, "input": act, "algorithm": algorithm}
     for name, format in known_formats().items():
         if wanted.items() <= format_settings(format).items():
-            billed = quantize.get("effective_bits")
+            billed = quantize.effective_bits
             if billed is not None and billed != format.effective_bits:
                 raise LayersenseError(
                     f"{where}: bills {name} at {billed:g} bits (effective_bits of a candidate), "
@@ -194,20 +257,18 @@ def _format_name(quantize: Mapping[str, Any], where: str) -> str:
     )
 
 
-def _stages(quantize: Mapping[str, Any], side: str) -> list[Attributes]:
+def _stages(quantize: _Quantize, side: str) -> list[Attributes]:
     """Return what a config does to any linear layer: the last pattern that matches decides.
 
     `auto_quantize` applies a format to each module by itself, so that a pattern with a path in it
     matches nothing.
     """
     found: list[Attributes] = []
-    for entry in quantize.get("quant_cfg", []):
-        if entry.get("parent_class") or not fnmatchcase(
-            f"{side}_quantizer", entry["quantizer_name"]
-        ):
+    for entry in quantize.quant_cfg:
+        if entry.parent_class or not fnmatchcase(f"{side}_quantizer", entry.quantizer_name):
             continue
-        cfg = entry.get("cfg")
-        if entry.get("enable", True) is False:
+        cfg = entry.cfg
+        if not entry.enable:
             found = []
         elif cfg is not None:
             found = [_attributes(one) for one in (cfg if isinstance(cfg, list) else [cfg])]
@@ -228,10 +289,11 @@ def _attributes(cfg: Mapping[str, Any]) -> Attributes:
     return found
 
 
-def _cache_name(quantize: Mapping[str, Any], where: str) -> str:
-    entries = [entry for entry in quantize.get("quant_cfg", []) if entry.get("cfg")]
-    if len(entries) == 1 and fnmatchcase("k_bmm_quantizer", entries[0]["quantizer_name"]):
-        attributes = _attributes(entries[0]["cfg"])
+def _cache_name(quantize: _Quantize, where: str) -> str:
+    entries = [entry for entry in quantize.quant_cfg if entry.cfg]
+    if len(entries) == 1 and fnmatchcase("k_bmm_quantizer", entries[0].quantizer_name):
+        cfg = entries[0].cfg
+        attributes = _attributes(cfg) if isinstance(cfg, dict) else None
         for name, known in KV_CACHES.items():
             if known == attributes:
                 return name
