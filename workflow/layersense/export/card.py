@@ -26,11 +26,12 @@ def model_card(manifest: Manifest, exported: Exported, verification: MeasuredRec
     lines = [
         "---",
         *([] if exported.expected.onnx else ["library_name: transformers"]),
-        *([] if _is_local(model.id) else [f"base_model: {model.id}"]),
+        # What has no commit is a folder, a file or the demo's model.
+        *([] if model.revision is None else [f"base_model: {model.id}"]),
         "tags: [modelopt, quantized]",
         "---",
         "",
-        f"# {_name(model.id)}, {exported.quant_algo}",
+        f"# {Path(model.id).name}, {exported.quant_algo}",
         "",
         f"{model.id}{f' at {model.revision}' if model.revision else ''} (SHA-256 "
         f"{model.digest[:12]}…), quantized by ModelOpt "
@@ -165,11 +166,3 @@ def _told(metric: dict[str, Any]) -> str:
             )
         text += " against the unquantized model"
     return text
-
-
-def _is_local(id: str) -> bool:
-    return id == "demo" or id.startswith((".", "/", "~"))
-
-
-def _name(id: str) -> str:
-    return Path(id).name

@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PART, OLD = ".checkpoint.part", ".checkpoint.old"
+"""Folders of a checkpoint in the making, and of one about to be deleted."""
 NAMED = 3
 """Groups left unquantized that the log names; the card names all."""
-"""Folders of a checkpoint in the making, and of one about to be deleted."""
 MOST_SURPLUS = 0.01
 """Share of the predicted bytes by which a checkpoint may be off without a warning."""
 MOST_APART = 0.01
