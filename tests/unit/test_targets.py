@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import score_files as sf
-from hypothesis import assume, given, settings
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 from layersense import config
@@ -96,7 +96,8 @@ def restricted_menus(draw):
     options = []
     for _ in range(count):
         own = draw(st.lists(st.sampled_from(NAMES), unique=True, max_size=3))
-        options.append([*sorted(own), NONE])
+        must = bool(own) and draw(st.integers(0, 4)) == 0  # be quantized
+        options.append(sorted(own) if must else [*sorted(own), NONE])
     width = max(map(len, options))
     scores, costs = np.full((2, count, width), np.inf)
     for group, own in enumerate(options):
@@ -116,7 +117,7 @@ def restricted_menus(draw):
         fused.append(
             sorted(draw(st.lists(st.sampled_from(handles), unique=True, min_size=2, max_size=3)))
         )
-    return Menu(
+    menu = Menu(
         handles=handles,
         options=options,
         scores=scores,
@@ -130,6 +131,11 @@ def restricted_menus(draw):
         together=together,
         fused=fused,
     )
+    try:
+        assert menu.arrangements
+    except LayersenseError:  # groups that must be quantized may have nothing in common
+        reject()
+    return menu
 
 
 def holds(menu, recipe):
@@ -195,8 +201,10 @@ def test_no_recipe_of_any_kind_breaks_the_target(menu, bits):
         assert holds(menu, recipe)
     for format in NAMES:
         recipe = menu.legal(dict.fromkeys(menu.handles, format))
-        for handles in menu.fused:
-            assert len({recipe[handle] for handle in handles}) == 1
+        assert holds(menu, recipe)
+        assert all(
+            recipe[handle] in own for handle, own in zip(menu.handles, menu.options, strict=True)
+        )
 
 
 # --- a scheme ------------------------------------------------------------------------------------

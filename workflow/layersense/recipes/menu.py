@@ -379,15 +379,48 @@ class Menu:
         ]
 
     def legal(self, recipe: Mapping[str, str]) -> Recipe:
-        """Return a recipe that a checkpoint can hold: groups that must agree and do not are NONE.
+        """Return the recipe nearest to another one that a checkpoint can hold.
 
-        A format that a group may not take is NONE, too (its largest, where NONE is not allowed).
+        A group that may not take its format, or is to agree with others and does not, stays
+        unquantized; where it may not, it takes its dearest format.
         """
-        found = self.recipe(self.choice(recipe))
-        for handles in self.fused:
-            if len({found[handle] for handle in handles}) > 1:
-                found.update(dict.fromkeys(handles, NONE))
-        return self.recipe(self.choice(found))
+        if self.together is None and not self.fused:
+            return self.recipe(self.choice(recipe))
+        numbers = {name: number for number, name in enumerate(self._names)}
+        asked = np.array([numbers.get(recipe[handle], 0) for handle in self.handles])
+        found = []
+        for arrangement, places, dearest in self._places:
+            rows = np.arange(arrangement.count)
+            lowest, highest = np.full(arrangement.count, len(numbers)), np.full(len(rows), -1)
+            np.minimum.at(lowest, arrangement.row, asked)
+            np.maximum.at(highest, arrangement.row, asked)
+            choice = places[rows, np.where(lowest == highest, lowest, 0)]
+            choice = np.where(choice < 0, places[:, 0], choice)
+            taken = arrangement.spread(np.where(choice < 0, dearest, choice))
+            near = self.recipe(taken)
+            found.append((sum(near[handle] == name for handle, name in recipe.items()), near))
+        return max(found, key=lambda entry: entry[0])[1]
+
+    @cached_property
+    def _names(self) -> list[str]:
+        """``NONE`` and the names of all options."""
+        return list(dict.fromkeys([NONE, *(name for own in self.options for name in own)]))
+
+    @cached_property
+    def _places(self) -> list[tuple[Arrangement, Ints, Ints]]:
+        """Of each arrangement, which option of a row each name is, -1 for none; and its dearest."""
+        numbers = {name: number for number, name in enumerate(self._names)}
+        found = []
+        for arrangement, problem in self._problems:
+            places = np.full((arrangement.count, len(numbers)), -1)
+            first = np.unique(arrangement.row, return_index=True)[1]
+            for row, group in enumerate(first):
+                for option in np.flatnonzero(np.isfinite(problem.costs[row])):
+                    name = self.options[group][arrangement.pick[group, option]]
+                    places[row, numbers[name]] = option
+            costs = np.where(np.isfinite(problem.costs), problem.costs, -np.inf)
+            found.append((arrangement, places, costs.argmax(axis=1)))
+        return found
 
     @property
     def rows(self) -> Ints:
