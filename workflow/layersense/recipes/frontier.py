@@ -16,7 +16,7 @@ from layersense.recipes.baselines import baselines
 from layersense.recipes.menu import Menu, recipe_digest
 from layersense.recipes.solver import Ints, Solution
 
-FRONTIER_VERSION = 1
+FRONTIER_VERSION = 2
 POINTS = 64
 """Points at least, or every corner of the hull where there are fewer."""
 ROUNDING = 1e-12

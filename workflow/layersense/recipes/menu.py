@@ -32,6 +32,8 @@ RESAMPLES = 100
 """How often the batches are resampled to see which choices flip; a fifth where it takes long."""
 SMALL = 100_000
 """Options up to which that takes seconds."""
+MOST_BEHIND = 1e-3
+"""Gap from which on a point of the frontier is solved anew."""
 FLIP_SHARE = 0.05
 """Share of the resamples with another format from which on a choice counts as flipping."""
 
@@ -354,7 +356,8 @@ class Menu:
     def corners(self, count: int) -> list[Solution]:
         """Return recipes over all budgets, by rising cost: the frontier of the sum.
 
-        Of several sets of formats, what another set does as well for no more is left out.
+        Corners of one hull are the best at their cost. Of several sets of formats each has its own:
+        what another set does better there is solved anew.
         """
         found = [
             Solution(
@@ -366,17 +369,12 @@ class Menu:
         ]  # fmt: skip
         if len(self._problems) == 1:
             return found
-        kept: list[Solution] = []
-        for point in sorted(found, key=lambda point: (point.cost, point.score)):
-            if not kept or point.score < kept[-1].score:
-                kept.append(point)
-        bounds = self.bounds([point.cost for point in kept])
-        return [
-            proven(
-                point.choice, point.score, point.cost, min(bound, point.lower_bound), point.price
-            )
-            for point, bound in zip(kept, bounds, strict=True)
-        ]
+        found = _falling(found)
+        solved = []
+        for point, bound in zip(found, self.bounds([point.cost for point in found]), strict=True):
+            told = proven(point.choice, point.score, point.cost, bound, point.price)
+            solved.append(self.best(point.cost) if told.gap > MOST_BEHIND else told)
+        return _falling(solved)
 
     def legal(self, recipe: Mapping[str, str]) -> Recipe:
         """Return the recipe nearest to another one that a checkpoint can hold.
@@ -537,6 +535,15 @@ class Menu:
 def recipe_digest(recipe: Mapping[str, str]) -> str:
     """Return the SHA-256 (hex) of a recipe; groups left unquantized may be there or not."""
     return digest_json({handle: name for handle, name in recipe.items() if name != NONE})
+
+
+def _falling(solutions: Sequence[Solution]) -> list[Solution]:
+    """Return solutions by rising cost, without those that do no less damage than a cheaper one."""
+    kept: list[Solution] = []
+    for one in sorted(solutions, key=lambda one: (one.cost, one.score)):
+        if not kept or one.score < kept[-1].score:
+            kept.append(one)
+    return kept
 
 
 def _source(group: LayerSensitivity, index: int) -> int:
