@@ -108,6 +108,43 @@ def test_the_snakefile_in_workflow_gives_the_same(project: Project) -> None:
     assert dag(project, "--snakefile", "workflow/Snakefile") == dag(project)
 
 
+def test_from_another_folder_and_as_a_module_of_another_workflow(
+    project: Project, tmp_path: Path
+) -> None:
+    """Both as docs/operations.md has them."""
+    documented = Path(__file__).parents[2] / "docs" / "operations.md"
+    (module,) = re.findall(r"```python\n(configfile: .*?)```", documented.read_text(), re.DOTALL)
+    other = Project(tmp_path / "my-study")
+    other.root.mkdir()
+    (tmp_path / "layersense").symlink_to(project.root)
+    config = default_config(project)
+    (other.root / "mine.yaml").write_text(yaml.safe_dump(config))
+    alone = ("--snakefile", "../layersense/Snakefile", "--configfile", "mine.yaml")
+    here = dag(other, *alone)
+    assert set(here) == expected(config)
+    run, scheme = "demo.image-text", "int8_all_layers"
+    wanted = f"results/{run}/{scheme}/quant_config.json"
+    module = module.replace("results/my-model.photos/fp8/quant_config.json", wanted)
+    (other.root / "Snakefile").write_text(module)
+    (other.root / "config.yaml").write_text(yaml.safe_dump({"layersense": config, "mine": 1}))
+    jobs = dag(other)
+    named = {f"dataset/{config['runs'][run]['dataset']}", "model/demo", f"score/{run}"}
+    named |= {f"solve/{run}/{scheme}", f"recipe/{run}/{scheme}"}
+    assert set(jobs) == {"ship", *(f"layersense_{name}" for name in named)}
+    config["runs"][run]["devise"] = "cpu"
+    (other.root / "config.yaml").write_text(yaml.safe_dump({"layersense": config}))
+    refused = other.run("--dry-run", check=False)
+    assert refused.returncode != 0
+    assert 'config.yaml: runs."demo.image-text".devise: expected one of' in refused.output
+    del config["runs"][run]["devise"]
+    config["datasets"]["sample"]["calibration"] = 1000
+    (other.root / "config.yaml").write_text(yaml.safe_dump({"layersense": config}))
+    failed = other.run("--until", "layersense_dataset", check=False)
+    assert failed.returncode != 0
+    assert "1 job failed, 1 cause:" in failed.output
+    assert "fix: set `calibration` to at most" in failed.output
+
+
 def test_each_run_on_gpus_asks_for_them(project: Project, tmp_path: Path) -> None:
     config = default_config(project)
     config["runs"]["demo.captions"]["device"] = "cuda"
