@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter
 
-from layersense.calibration.build import build_database
+from layersense.calibration.build import build_database, source_files
 from layersense.calibration.database import Database, open_database
 from layersense.config import Dataset
 from layersense.errors import LayersenseError
@@ -568,6 +568,54 @@ def test_image_of_another_size_than_its_boxes_is_refused(coco: Path, tmp_path: P
     assert re.search(r"6\.png: is 40×20 pixels, but .* 20×10", refused(tmp_path, **settings))
     file(coco, "instances").unlink()
     build(tmp_path / "a.sqlite", **settings).close()
+
+
+def test_an_image_changed_since_is_no_image_of_the_database(coco: Path, tmp_path: Path) -> None:
+    database = build(tmp_path / "a.sqlite", source="coco", root=str(coco), calibration=16)
+    rows = database.rows("image", "calibration")
+    database.check_images(rows)
+    (changed, other) = rows[3].image_path, rows[4].image_path
+    assert changed is not None
+    assert other is not None
+    Image.new("RGB", (20, 10), (1, 1, 1)).save(changed)
+    database.check_images(rows[:3])
+    with pytest.raises(LayersenseError, match=re.escape(f"{changed}: is not the image that")):
+        database.check_images(rows)
+    other.unlink()
+    with pytest.raises(LayersenseError, match="no such image"):
+        database.check_images(rows[4:])
+
+
+def test_the_files_whose_edit_makes_a_database_stale(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def listed(**settings: Any) -> list[str]:
+        dataset = TypeAdapter[Any](Dataset).validate_python(settings)
+        return [str(path) for path in source_files(dataset)]
+
+    notes = "coco/annotations"
+    both = [f"{notes}/captions_train2017.json", f"{notes}/instances_train2017.json"]
+    # A study that is moved with its data is not stale: nothing absolute in its own folder.
+    assert listed(source="coco", root="coco") == listed(source="coco", root=str(coco)) == both
+    assert listed(source="coco", root="coco", fetch={}) == []
+    assert listed(source="sample") == []
+    assert listed(source="text", file="./a b.jsonl") == ["a b.jsonl"]
+    monkeypatch.setenv("HOME", "/home/me")
+    assert listed(source="text", file="~/a.jsonl") == ["/home/me/a.jsonl"]
+    assert listed(source="images", images="coco", table="t.csv") == ["t.csv"]
+    for kind in ("annotations", "train2017"):
+        shutil.make_archive(str(coco / kind), "zip", coco, kind)
+        shutil.rmtree(coco / kind)
+    zips = ["coco/annotations.zip", "coco/train2017.zip"]
+    assert listed(source="coco", root="coco") == zips
+    inside = "coco/annotations.zip/annotations/captions_train2017.json"
+    assert listed(source="coco", root="coco", captions=inside) == zips
+    assert listed(source="images", images="coco/train2017.zip", table="t.csv") == [
+        "t.csv",
+        "coco/train2017.zip",
+    ]
 
 
 def test_more_samples_than_there_are(coco: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import huggingface_hub
@@ -23,6 +24,7 @@ from layersense.models.checkpoints import (
     peek,
     read_checkpoint,
     resolve,
+    source_files,
     write_checkpoint,
 )
 
@@ -82,6 +84,28 @@ def test_the_digest_follows_content_not_place(folder: Path, tmp_path: Path) -> N
 def test_the_home_folder_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     assert resolve("m", llama(checkpoint="~/model")).path == str(folder)
+
+
+def test_the_files_whose_edit_makes_a_record_stale(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are those of the digest, relative where the config is."""
+    monkeypatch.chdir(folder.parent)
+
+    def listed(checkpoint: str, **keys: Any) -> list[str]:
+        model = CheckpointModel(checkpoint=checkpoint, task="causal-lm", **keys)
+        return [str(path) for path in source_files(model)]
+
+    (folder / "code.py").write_text("")
+    (folder / "notes.md").write_text("")
+    found = listed(f"./{folder.name}")
+    assert f"{folder.name}/config.json" in found
+    assert any(name.endswith(".safetensors") for name in found)
+    assert not any(name.endswith((".py", ".md")) for name in found)
+    assert f"{folder.name}/code.py" in listed(f"./{folder.name}", trust_remote_code=True)
+    assert listed("./yolo.pt") == ["yolo.pt"]
+    assert listed("owner/name") == []
+    assert source_files(DemoModel(source="demo")) == []
 
 
 def test_the_record_survives_the_disk(folder: Path, tmp_path: Path) -> None:

@@ -304,6 +304,29 @@ def test_a_dataset_changed_measures_what_stands_on_it(
     assert study.run().jobs == expected
 
 
+def test_own_files_edited_in_place_are_noticed(study: Project) -> None:
+    """More texts in the same file, a checkpoint trained on and saved over itself."""
+    words, weights = study.root / "words.jsonl", study.root / "checkpoints/llm/model.safetensors"
+    for file in (words, weights):
+        file.touch()  # nothing but its time
+    assert study.run("--dry-run").jobs == set()
+    assert "Nothing to be done" in study.run("--dry-run").output
+    before = scores(study, "llm.words")["FP8_ALL_LAYERS_CFG"]
+    words.write_text(words.read_text().replace(" ball", " kite"))
+    planned = study.run("--dry-run", "--quiet", "reason").output
+    assert "dataset " in planned
+    assert "model " not in planned
+    data = bytearray(weights.read_bytes())
+    data[-64:] = bytes(64)
+    weights.write_bytes(data)
+    expected = {"dataset/words", "model/llm", "score/llm.words", *chain("llm.words", "fp8")}
+    assert study.run().jobs == expected
+    after = scores(study, "llm.words")["FP8_ALL_LAYERS_CFG"]
+    assert after["digest"] != before["digest"]
+    assert after["groups"] != before["groups"]
+    assert study.run().jobs == set()
+
+
 def test_a_model_moved_measures_its_runs(study: Project) -> None:
     (study.root / "checkpoints/llm").rename(study.root / "checkpoints/other")
     study.edit(lambda config: config["models"]["llm"].update(checkpoint="./checkpoints/other"))

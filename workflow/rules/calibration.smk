@@ -28,7 +28,7 @@ rule fetch:
 rule dataset:
     """Draw the rows of a dataset and check every image that they need."""
     input:
-        fetched_files,
+        listed_in,
     output:
         paths.calibration("{dataset}"),
     log:

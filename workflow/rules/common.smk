@@ -15,12 +15,14 @@ WORKFLOW = Path(os.path.relpath(Path(workflow.current_basedir).parent))
 sys.path.insert(0, str(WORKFLOW.resolve()))
 
 from layersense import failures, job_resources, paths, settings
+from layersense.calibration import build
 from layersense.calibration.database import USER_VERSION as DATABASE_VERSION
 from layersense.errors import LayersenseError
 from layersense.export.store import EXPORT_VERSION
 from layersense.files import canonical_json, check_writable
 from layersense.manifests.schema import SCHEMA_VERSION as MANIFEST_VERSION
 from layersense.manifests.tables import TABLE_VERSION
+from layersense.models import checkpoints
 from layersense.quantization.extensions import EXTENSIONS
 from layersense.quantization.formats import registry
 from layersense.recipes.frontier import FRONTIER_VERSION
@@ -167,10 +169,19 @@ def environment(name):
     return f"../../envs/{name}.yaml"
 
 
-def fetched_files(wildcards):
-    """Return the record of what a dataset fetched, if it fetches."""
-    fetches = getattr(CONFIG.datasets[wildcards.dataset], "fetch", None) is not None
-    return [paths.fetched(wildcards.dataset)] if fetches else []
+def listed_in(wildcards):
+    """Return the files that list a dataset's rows; of one that fetches, what it fetched."""
+    dataset = CONFIG.datasets[wildcards.dataset]
+    if getattr(dataset, "fetch", None) is not None:
+        return [paths.fetched(wildcards.dataset)]
+    return [str(file) for file in build.source_files(dataset)]
+
+
+def checkpoint_files(wildcards):
+    """Return the files of a model's checkpoint, if it lies on this machine."""
+    return [
+        str(file) for file in checkpoints.source_files(CONFIG.models[wildcards.model])
+    ]
 
 
 def connections(wildcards):

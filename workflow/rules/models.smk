@@ -3,6 +3,8 @@
 
 rule model:
     """Resolve a checkpoint: hub id to commit, directory to digest; or build the demo model."""
+    input:
+        checkpoint_files,
     output:
         paths.model("{model}"),
     log:

@@ -13,7 +13,13 @@ from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from layersense.calibration.archives import find_in_zips, image_folder, is_file, is_folder
+from layersense.calibration.archives import (
+    find_in_zips,
+    find_member,
+    image_folder,
+    is_file,
+    is_folder,
+)
 from layersense.calibration.coco import merge, read_coco
 from layersense.calibration.database import (
     APPLICATION_ID,
@@ -257,6 +263,46 @@ def coco_files(dataset: CocoDataset) -> tuple[Path | None, Path | None, Path]:
     if dataset.images is None and not images.exists() and packed.is_file():
         images = packed
     return captions, instances, images
+
+
+def source_files(dataset: Dataset) -> list[Path]:
+    """Return the files that list what a dataset holds; an edit of one makes the database stale.
+
+    Files in a zip are that zip. Images are not among them, but for a zip of them: the database
+    holds their digests, by which jobs notice one that changed. Of a dataset that fetches, the
+    record of what was fetched stands for all. Files in the working directory are relative to it,
+    as a study may be moved.
+
+    Raises:
+        LayersenseError: a zip is damaged.
+    """
+    files: list[Path | None]
+    if isinstance(dataset, ImagesDataset):
+        files = [_path(dataset.table), _packed(_path(dataset.images))]
+    elif isinstance(dataset, TextDataset):
+        files = [_path(dataset.file)]
+    elif isinstance(dataset, CocoDataset) and dataset.fetch is None:
+        captions, instances, images = coco_files(dataset)
+        files = [
+            *(file and (_packed(file) or file) for file in (captions, instances)),
+            _packed(images),
+        ]
+    else:
+        files = []
+    here = Path.cwd()
+    return [
+        file.relative_to(here) if file.is_relative_to(here) else file
+        for file in dict.fromkeys(files)
+        if file is not None
+    ]
+
+
+def _packed(path: Path) -> Path | None:
+    """Return the zip that a path means or goes through, if any."""
+    if path.is_file() and is_folder(path):
+        return path
+    place = find_member(path)
+    return None if place is None else place[0]
 
 
 def _read_coco(dataset: CocoDataset) -> Records:

@@ -1,13 +1,15 @@
 """The calibration database: its schema, and how everything else reads it."""
 
+import hashlib
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
 
+from layersense.calibration.images import read_image
 from layersense.calibration.sampling import SPLITS, UNITS, Split, Unit
 from layersense.errors import LayersenseError
 
@@ -163,6 +165,26 @@ class Database:
             ).fetchall()
         plain = [Row(None if name is None else self._root / name, *rest) for name, *rest in found]
         return self._with_objects(plain) if unit == "image" else plain
+
+    def check_images(self, rows: Iterable[Row]) -> None:
+        """Refuse photographs that are not those that the rows were drawn with, by their digests.
+
+        A result names the digest of the database, so it must be measured on these bytes.
+
+        Raises:
+            LayersenseError: one was changed, has gone or cannot be read.
+        """
+        with self._readable():
+            digests = dict(self._connection.execute("SELECT image_id, sha256 FROM images"))
+        shown = {row.image_id: row.image_path for row in rows if row.image_path is not None}
+        for image, path in shown.items():
+            assert path is not None
+            if hashlib.sha256(read_image(path)).hexdigest() != digests[image]:
+                raise LayersenseError(
+                    f"{path}: is not the image that {self.path} was built with, it was changed "
+                    f"since; restore it, or delete {self.path} and run the same command, which "
+                    "measures anew"
+                )
 
     def texts(self, images: Sequence[int]) -> list[tuple[str, ...]]:
         """Return all texts of each image, in the order of the source's ids."""

@@ -161,6 +161,21 @@ def inspect(
     )
 
 
+def source_files(model: Model) -> list[Path]:
+    """Return the files of a checkpoint on this machine; an edit of one makes its record stale.
+
+    There are none for the hub, whose commits do not change, and for the demo model.
+    """
+    if isinstance(model, DemoModel):
+        return []
+    if is_pickle(model.checkpoint):
+        return [Path(model.checkpoint).expanduser()]
+    if (folder := _as_directory(model.checkpoint)) is None:
+        return []
+    patterns = [*_PATTERNS, *(["*.py"] if model.trust_remote_code else [])]
+    return sorted(file for pattern in patterns for file in folder.glob(pattern))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's ``config.json``.
 

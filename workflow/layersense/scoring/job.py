@@ -264,6 +264,7 @@ def prepare_measurement(
                 f"{database_file}: holds no {unit}s to calibrate on, which task "
                 f"{checkpoint.task} needs; take a dataset that has them"
             )
+        database.check_images(rows)
         score_rows = rows[: sampling["score_samples"]]
         dataset = Dataset(
             name=database_file.stem,

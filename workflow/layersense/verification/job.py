@@ -428,6 +428,7 @@ def _bench(
                 unit, "calibration", limit=settings["sampling"]["calibration_samples"]
             )
             heldout_rows = database.rows(unit, "heldout", limit=settings["heldout_samples"])
+            database.check_images([*calibration_rows, *heldout_rows])
             shown = one_of_each_photograph(heldout_rows) if wanted.captioned else []
             references = database.texts([row.image_id or 0 for row in shown])
         if not heldout_rows:

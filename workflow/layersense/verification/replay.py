@@ -352,6 +352,7 @@ def load_calibration(
             "calibration",
             limit=settings["sampling"]["calibration_samples"],
         )
+        database.check_images(rows)
     return loaded, calibration_of(loaded, task, rows, settings)
 
 
