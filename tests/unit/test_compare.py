@@ -14,6 +14,7 @@ from test_cli import call
 
 from layersense.errors import LayersenseError
 from layersense.manifests.imports import import_manifest, write_import
+from layersense.recipes.quant_config import read_quant_config
 from layersense.reports.compare import compare, profile, repeatability, spearman
 from layersense.reports.result import read_result
 from layersense.reports.terminal import find_result, known_results
@@ -198,6 +199,19 @@ def test_what_was_imported_is_found_by_its_name(tmp_path, monkeypatch):
     with pytest.raises(LayersenseError, match="elder/other: is no result"):
         find_result("elder/other")
     assert list(known_results("el")) == ["elder"]
+
+
+def test_a_file_of_ones_own_is_not_to_be_deleted(tmp_path):
+    mine = tmp_path / "my-model.yaml"
+    mine.write_text("datasets: {}\n")
+    with pytest.raises(LayersenseError, match=r"my-model\.yaml: is no result; give run/scheme"):
+        find_result(str(mine))
+    for name in ("mine.json", "mine.parquet"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(LayersenseError, match="if the workflow wrote it"):
+            find_result(str(tmp_path / name))
+    with pytest.raises(LayersenseError, match="if the workflow wrote it, else name the right file"):
+        read_quant_config(tmp_path / "mine.json")
 
 
 def test_exit_codes(tmp_path):

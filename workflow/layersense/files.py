@@ -121,7 +121,8 @@ def read_record(
         ) from error
     except BROKEN_JSON as error:
         raise LayersenseError(
-            f"{path}: is not a {what} of layersense ({error}); delete it and {redo}"
+            f"{path}: is not a {what} of layersense ({error}); delete it and {redo} if the "
+            "workflow wrote it, else name the right file"
         ) from error
     if record.schema_version != version:
         raise LayersenseError(

@@ -425,7 +425,7 @@ def read_table(path: Path, **options: Any) -> pa.Table:
     except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
         raise LayersenseError(
             f"{path}: cannot be read as a table of layersense ({error}); delete it and run "
-            "`snakemake` again"
+            "`snakemake` again if the workflow wrote it, else name the right file"
         ) from error
 
 

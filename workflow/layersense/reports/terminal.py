@@ -50,7 +50,7 @@ def find_result(name: str) -> Result:
     if place.is_dir():
         found = [place / "layers.parquet", place / "manifest.json"]
         place = next((file for file in found if file.exists()), place)
-    if not place.is_file():
+    if not place.is_file() or place.suffix not in (".json", ".parquet"):
         raise LayersenseError(
             f"{name}: is no result; give run/scheme, a folder with layers.parquet, that file "
             "itself or a manifest (`layersense show` completes what is in results/)"
