@@ -372,6 +372,11 @@ def test_files_of_used_entries_have_to_be_there(
         f"datasets.photos.images: expected a folder, but {tmp_path}/photos is not there",
         f"datasets.photos.table: expected a file, but {tmp_path}/photos/t.csv is not there",
     ]
+    # A laptop with results alone, which renders and measures nothing.
+    far = {**data, "models": {**data["models"], "far": {"checkpoint": "data/models/llm",
+                                                       "task": "causal-lm"}}}  # fmt: skip
+    load_config({**far, "frozen": "true"}, "c.yaml")
+    assert len(problems({**far, "frozen": "false"}, check_files=True)) == len(lines) + 1
     for folder in ("llm", "no", "coco/train2017", "coco/annotations", "photos"):
         (tmp_path / folder).mkdir(parents=True)
     for file in ("no/texts.jsonl", "photos/t.csv"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from layersense import config as models
@@ -266,6 +266,10 @@ class _Checker:
 
     def __init__(self, data: dict[str, Any], check_files: bool) -> None:
         self.data = data
+        try:  # as lax as the key itself
+            self.frozen = TypeAdapter(bool).validate_python(data.get("frozen", False))
+        except ValidationError:
+            self.frozen = False
         self.check_files = check_files
         self.problems: list[str] = []
         self.bad: set[Path_] = set()
@@ -595,7 +599,7 @@ class _Checker:
                     f"a directory ({checkpoint}) has no revisions; remove the key",
                     revision,
                 )
-        elif checkpoint.count("/") > 1 or checkpoint.endswith("/"):
+        elif (checkpoint.count("/") > 1 or checkpoint.endswith("/")) and not self.frozen:
             self.add(
                 (*path, "checkpoint"),
                 "expected a hub id such as `owner/name`, or a directory that exists or is written "
@@ -784,6 +788,16 @@ class _Checker:
     # --- files ---
 
     def _check_files(self) -> None:
+        for name, manifest in self.items("manifests"):
+            self._check_file(("manifests", name, "file"), manifest.get("file"))
+        for name, scheme in self.items("schemes"):
+            table = scheme.get("cost_table")
+            if isinstance(table, dict):
+                self._check_file(("schemes", name, "cost_table", "file"), table.get("file"))
+        if not self.frozen:  # which measures nothing, maybe far from data and checkpoints
+            self._check_measured_files()
+
+    def _check_measured_files(self) -> None:
         used: dict[str, set[str]] = {"datasets": set(), "models": set()}
         for _, run in self.items("runs"):
             for section, names in used.items():
@@ -797,7 +811,6 @@ class _Checker:
                 name in used["models"]
                 and isinstance(task, str)
                 and is_outside(task)
-                and not self.data.get("frozen")
                 and find_module(task) is None
             ):
                 self.add(
@@ -808,15 +821,9 @@ class _Checker:
             if name in used["models"] and isinstance(checkpoint, str) and is_directory(checkpoint):
                 folder = not is_pickle(checkpoint)
                 self._check_file(("models", name, "checkpoint"), checkpoint, folder=folder)
-        for name, manifest in self.items("manifests"):
-            self._check_file(("manifests", name, "file"), manifest.get("file"))
         for name, dataset in self.items("datasets"):
             if name in used["datasets"]:
                 self._check_data(("datasets", name), dataset)
-        for name, scheme in self.items("schemes"):
-            table = scheme.get("cost_table")
-            if isinstance(table, dict):
-                self._check_file(("schemes", name, "cost_table", "file"), table.get("file"))
 
     def _check_data(self, path: Path_, dataset: Part) -> None:
         source = dataset.get("source")
