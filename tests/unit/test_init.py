@@ -1,6 +1,7 @@
 """`layersense init`: a config for one's own checkpoint and data."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def written(out: Path = Path("config/my-model.yaml")) -> Config:
 
 
 def test_a_checkpoint_and_photographs() -> None:
+    Path("Snakefile").touch()
     message = write_config(checkpoint(), photos(), device="cuda")
     assert "snakemake -n --configfile config/my-model.yaml" in message
     assert "--resources gpu=1" in message
@@ -83,6 +85,13 @@ def test_a_vision_language_model_on_texts_is_told_so() -> None:
     write_config(checkpoint(), texts(20), device="cpu")
     (run,) = written().runs.values()
     assert run.modality == "text"
+
+
+def test_outside_the_clone_it_says_where_the_snakefile_is(repository: Path) -> None:
+    message = write_config(checkpoint(), out=Path("mine.yaml"), device="cpu")
+    (found,) = set(re.findall(r"snakemake --snakefile (\S+) (?:-n|--cores 8)", message))
+    assert Path(found).resolve() == repository / "Snakefile"
+    assert found in Path("mine.yaml").read_text()
 
 
 def test_no_data_means_the_sample() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import msgspec
 import yaml
 
 from layersense.calibration.records import Records
-from layersense.config_docs import SCHEMA
+from layersense.config_docs import REPOSITORY, SCHEMA
 from layersense.errors import LayersenseError
 from layersense.files import atomic_write
 from layersense.models.checkpoints import guess_task, is_pickle, read_config
@@ -82,8 +83,8 @@ def write_config(
         entry["checkpoint"] = f"./{checkpoint}"
     lines = [
         *_schema_line(out),
-        "# Every key: config/README.md. Check with `snakemake -n --configfile "
-        f"{out}`, then run it.",
+        f"# Every key: config/README.md. Check with `{_snakemake()} -n --configfile {out}`, then "
+        "run it.",
         "datasets:",
         f"  {_entry(found.name, found.keys)}  # {found.comment}",
         "models:",
@@ -104,8 +105,8 @@ def write_config(
     gpu = " --resources gpu=1" if device == "cuda" else ""
     return (
         f"{out} is written: {config['architectures'][0]} ({task}) on {found.comment}. Next:\n"
-        f"  snakemake -n --configfile {out}\n"
-        f"  snakemake --cores 8{gpu} --configfile {out}"
+        f"  {_snakemake()} -n --configfile {out}\n"
+        f"  {_snakemake()} --cores 8{gpu} --configfile {out}"
     )
 
 
@@ -336,6 +337,14 @@ def _device() -> Literal["cuda", "cpu"]:
         return "cuda" if pynvml.nvmlDeviceGetCount() else "cpu"
     except pynvml.NVMLError:
         return "cpu"
+
+
+def _snakemake() -> str:
+    """Return how to call Snakemake here, which finds a Snakefile in the working folder alone."""
+    ours = REPOSITORY / "Snakefile"
+    if Path("Snakefile").exists() or Path("workflow/Snakefile").exists() or not ours.is_file():
+        return "snakemake"
+    return f"snakemake --snakefile {shlex.quote(os.path.relpath(ours))}"
 
 
 def _name(text: str) -> str:
