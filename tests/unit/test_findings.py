@@ -334,6 +334,55 @@ def test_findings_say_what_why_and_how_to_fix_worst_first():
     assert len(set(DETECTORS)) == len(DETECTORS)
 
 
+@pytest.mark.parametrize(
+    ("patterns", "severity", "said"),
+    [
+        ({"exclude": ["*lm_haed*"]}, "warning", "Write `*lm_head*` instead."),
+        ({"exclude": ["visual"]}, "warning", "Write `*visual*` instead."),
+        ({"include": ["*", "*LM_HEAD"]}, "warning", "Write `*lm_head*` instead."),
+        ({"exclude": ["*mtp*"]}, "info", "shared with a model that has such layers"),
+        ({"cost_excluded": ["*visuals.blocks*"]}, "warning", "Write `*visual.blocks*` instead."),
+        ({"cost_excluded": ["*layers.0.lm_head*"]}, "info", "shared with a model"),
+        (
+            {"search_spaces": [{"layers": ["*.down_porj"], "quant_formats": [FP8]}]},
+            "warning",
+            "Write `*down_proj*` instead.",
+        ),
+        ({"exclude": ["lm_hed", "*visual*", "language_model"]}, "warning",
+         "Write `*lm_head*` and `*language_model*` instead."),
+    ],
+)  # fmt: skip
+def test_a_pattern_that_names_no_layer_is_told(patterns, severity, said):
+    finding = findings(sf.make_scores(), **patterns)["idle-pattern"]
+    assert finding.severity == severity
+    assert said in finding.fix
+    assert "nothing." in finding.what
+
+
+def test_a_slip_is_told_apart_from_a_pattern_of_another_model():
+    scheme = config.Scheme(
+        quant_formats=[FP8], effective_bits=16, exclude=["*mtp*", "visual", "*audio*"]
+    )
+    found = [
+        (finding.severity, finding.what)
+        for finding in build_manifest(sf.make_scores(), "demo", "mix", scheme, {}).findings
+    ]
+    assert found == [
+        ("warning", "`visual` of `exclude` names no layer of this model, and does nothing."),
+        ("info", "`*mtp*` of `exclude` and `*audio*` of `exclude` name no layer of this model, and "
+         "do nothing."),
+    ]  # fmt: skip
+
+
+def test_patterns_that_name_layers_and_those_of_a_recipe_are_no_finding():
+    scores = sf.make_scores()
+    scores.layers["embed"] = Layer(module_type="Embedding", n_weights=1, reason="it is one")
+    patterns = {"include": ["model.*", "lm_*"], "exclude": ["*embed*", "*.qkv", "lm_head"]}
+    assert "idle-pattern" not in findings(scores, **patterns)
+    recipe = {"recipe": "general/auto_quantize/x", "exclude": ["*mtp*", "*router*"]}
+    assert "idle-pattern" not in findings(scores, **recipe)
+
+
 def test_every_code_is_in_use_and_none_is_made_up_beside_the_list():
     folder = Path(layersense.__file__).parent
     given = [

@@ -26,7 +26,7 @@ ENGINE_VERSIONS: dict[Engine, int] = {"fused": 2, "modelopt": 1}
 Code is no trigger: a comment edited in a scoring module must not cost a GPU hour.
 """
 
-SOLVER_VERSION = 6
+SOLVER_VERSION = 7
 """Raised when the solver's choice or the findings change for the same scores."""
 
 

@@ -22,6 +22,8 @@ class Code(StrEnum):
     """Experts that no token was routed to."""
     ZERO_SCORE = "zero-score"
     """A reached group that scores zero."""
+    IDLE_PATTERN = "idle-pattern"
+    """A pattern of the scheme that names no layer of the model."""
     NEVER_SEARCHED = "never-searched"
     """Layers that ModelOpt does not search."""
     REDUCED_FOR_MEMORY = "reduced-for-memory"

@@ -4,7 +4,9 @@ Each detector looks at one thing and returns what it saw; :data:`DETECTORS` list
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal
 
@@ -39,11 +41,13 @@ class Evidence:
         scores: the score file.
         manifest: the manifest without findings.
         expected: format → the settings that the config asks for today.
+        patterns: key of the scheme → its patterns on module names.
     """
 
     scores: Scores
     manifest: Manifest
     expected: Mapping[str, Mapping[str, Any]]
+    patterns: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def formats(self) -> dict[str, FormatScores]:
@@ -239,6 +243,49 @@ def measured_zero(evidence: Evidence) -> Iterator[Finding]:
             fix="Check that these layers do anything on your data before you quantize them.",
             layers=_strip(handles),
         )
+
+
+def idle_patterns(evidence: Evidence) -> Iterator[Finding]:
+    """A pattern names no layer: a slip, or meant for another model that shares the scheme."""
+    names = list(evidence.scores.layers)
+    idle = [
+        (key, pattern, _meant(pattern, names))
+        for key, patterns in evidence.patterns.items()
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    for slip in (True, False):
+        found = [entry for entry in idle if (entry[2] is not None) is slip]
+        if not found:
+            continue
+        one = len(found) == 1
+        yield Finding(
+            code=Code.IDLE_PATTERN,
+            severity="warning" if slip else "info",
+            what=f"{_and([f'`{pattern}` of `{key}`' for key, pattern, _ in found])} "
+            f"{'names' if one else 'name'} no layer of this model, and "
+            f"{'does' if one else 'do'} nothing.",
+            why="A pattern is compared with the whole name of a module, and letter case counts.",
+            fix=f"Write {_and([f'`{meant}`' for *_, meant in found])} instead."
+            if slip
+            else "Nothing, if the scheme is shared with a model that has such layers.",
+        )
+
+
+def _meant(pattern: str, names: Sequence[str]) -> str | None:
+    """Return the pattern that was probably meant: of a part of a name, or spelt a bit otherwise."""
+    core = pattern.strip("*.")
+    if not core:
+        return None
+    around = f"*{core}*"
+    if any(fnmatchcase(name, around) for name in names):
+        return around
+    parts = {part.lower(): part for name in names for part in name.split(".")}
+    near = [get_close_matches(part.lower(), parts, 1, 0.75) for part in core.split(".")]
+    if not all(near):
+        return None
+    spelt = f"*{'.'.join(parts[part] for (part,) in near)}*"
+    return spelt if any(fnmatchcase(name, spelt) for name in names) else None
 
 
 def never_searched(evidence: Evidence) -> Iterator[Finding]:
@@ -515,6 +562,7 @@ DETECTORS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     tied_weights,
     remote_code,
     unfinished_budget,
+    idle_patterns,
     never_searched,
     trained_on_calibration,
     engine_warnings,

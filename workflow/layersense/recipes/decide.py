@@ -250,7 +250,7 @@ def build_manifest(
         },
     )
     manifest.num_quantized_layers = sum(layer.quantized for layer in manifest.layers.values())
-    evidence = Evidence(scores, manifest, settings)
+    evidence = Evidence(scores, manifest, settings, _own_patterns(scheme))
     if stability := evidence.stability:
         for ranked in manifest.sensitivity_ranking:
             # Of those that are not named, no resample could lift one into the set.
@@ -258,6 +258,19 @@ def build_manifest(
             manifest.layer_sensitivity[ranked.name].top_probability = probability
     manifest.findings = find(evidence)
     return manifest
+
+
+def _own_patterns(scheme: config.Scheme) -> dict[str, list[str]]:
+    """Return the patterns that a scheme's author wrote: a recipe's are for models of every kind."""
+    if scheme.recipe is not None:
+        return {}
+    spaces = enumerate(scheme.search_spaces)
+    return {
+        "include": scheme.include,
+        "exclude": scheme.exclude,
+        "cost_excluded": scheme.cost_excluded,
+        **{f"search_spaces[{number}].layers": space.layers for number, space in spaces},
+    }
 
 
 class Precision(NamedTuple):
