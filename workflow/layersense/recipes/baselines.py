@@ -112,14 +112,15 @@ def _depths(sensitivity: Mapping[str, LayerSensitivity]) -> dict[str, float]:
     for group in sensitivity.values():
         if group.block is not None:
             blocks.setdefault(group.subsystem, []).append(group.block)
+    ends = {subsystem: (min(own), max(own)) for subsystem, own in blocks.items()}
 
     def depth(group: LayerSensitivity) -> float:
         if group.subsystem == "head":
             return -1
         if group.block is None:
             return math.inf
-        own = blocks[group.subsystem]
-        return min(group.block - min(own), max(own) - group.block)
+        first, last = ends[group.subsystem]
+        return min(group.block - first, last - group.block)
 
     return {handle: depth(group) for handle, group in sensitivity.items()}
 
