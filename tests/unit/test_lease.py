@@ -143,6 +143,7 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path: Path) -> None:
         ("GPU-aaaa-1", ["GPU-aaaa-1"]),
         ("GPU-bbc", ["GPU-bbcc-3"]),
         ("MIG-7", ["MIG-7"]),
+        ("1,0,1", ["GPU-bbbb-2", "GPU-aaaa-1"]),
     ],
 )
 def test_cuda_visible_devices_is_the_set_to_choose_from(

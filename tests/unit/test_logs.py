@@ -1,6 +1,7 @@
 """Structured logs: what a night shift reads by machine."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -8,6 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from layersense.logs import JobLog
+
+NAME = b"\xff.jpg"
+"""A file name that is no UTF-8, as a disk may hold."""
 SCRIPT = """
 import logging, sys, time
 from layersense import cli
@@ -109,6 +114,18 @@ def test_a_log_that_cannot_be_written_costs_no_job(tmp_path: Path) -> None:
     done = call("well", tmp_path / "a.log")
     assert done.returncode == 0
     assert "no structured log" in done.stderr
+
+
+def test_what_cannot_be_written_as_a_line_stops_no_job(tmp_path: Path) -> None:
+    log = JobLog(tmp_path / "a.jsonl", "probe")
+    logger = logging.Logger("of some library")
+    logger.addHandler(log)
+    logger.info("%d", "no number")
+    logger.info("opened %s", os.fsdecode(NAME))
+    log.end(f"{os.fsdecode(NAME)}: the image is damaged")
+    log.close()
+    events = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["message", "end"]
 
 
 def test_sigterm_unwinds_and_says_so(tmp_path: Path) -> None:

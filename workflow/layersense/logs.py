@@ -45,7 +45,8 @@ class JobLog(logging.Handler):
         if file is not None:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                self._file = file.open("w", encoding="utf-8")
+                # A file's name may be no text.
+                self._file = file.open("w", encoding="utf-8", errors="backslashreplace")
             except OSError as error:
                 # A job that could work is not given up for its log.
                 sys.stderr.write(f"{file}: no structured log ({error.strerror or error})\n")
@@ -70,13 +71,16 @@ class JobLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line for a record of the ``logging`` module."""
-        extra = {name: getattr(record, name) for name in _EXTRA if hasattr(record, name)}
-        self._write(
-            "phase" if "phase" in extra else "message",
-            level=record.levelname.lower(),
-            message=record.getMessage(),
-            **extra,
-        )
+        try:
+            extra = {name: getattr(record, name) for name in _EXTRA if hasattr(record, name)}
+            self._write(
+                "phase" if "phase" in extra else "message",
+                level=record.levelname.lower(),
+                message=record.getMessage(),
+                **extra,
+            )
+        except Exception:  # such as a library's message that does not fit its arguments
+            self.handleError(record)
 
     def close(self) -> None:
         """Close the file."""

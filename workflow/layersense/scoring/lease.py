@@ -79,6 +79,8 @@ def choose_devices(uuids: Sequence[str], variable: str | None) -> list[str]:
                     f"of this machine ({', '.join(uuids) or 'none'}); unset it or correct it"
                 )
             chosen.append(matches[0])
+        # Who waited for one device twice would wait for ever.
+        chosen = list(dict.fromkeys(chosen))
     if not chosen:
         raise LayersenseError(
             "no GPU is left to choose from (CUDA_VISIBLE_DEVICES is empty, or the machine has "
