@@ -467,6 +467,22 @@ def test_a_state_that_runs_code_runs_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_state_that_holds_itself_many_times_over_is_read_once(tmp_path: Path) -> None:
+    import pickle
+    import zipfile
+
+    many: list[Any] = [1.0]
+    for _ in range(19):
+        many = [many] * 100
+    many.append(many)
+    stats = {"a.quant_recipe": {"formats": ["NONE"], "scores": [0.0], "costs": [2.0]}}
+    path = tmp_path / "state.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        state = {"candidate_stats": stats, "best": {"constraints": {"x": many}}}
+        archive.writestr("state/data.pkl", pickle.dumps(state))
+    assert [group.layer for group in import_manifest(path).groups] == ["a"]
+
+
 def test_a_state_that_modelopt_saved(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     import modelopt.torch.quantization as mtq

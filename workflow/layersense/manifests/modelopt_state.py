@@ -17,6 +17,8 @@ from layersense.errors import LayersenseError
 SUFFIXES = (".pt", ".pth")
 MOST_BYTES = 2**30
 """Largest pickle that is read; a state of ten thousand groups takes some megabytes."""
+MOST_NESTED = 20
+"""Containers within each other that are read; a state has some four."""
 
 
 class _Inert:
@@ -109,17 +111,34 @@ def read_state(path: str | Path) -> dict[str, Any]:
             "that `auto_quantize(…, checkpoint=…)` wrote"
         )
     kept = ("method", "candidate_stats", "best", "constraints")
-    return {key: _plain(content[key]) for key in kept if key in content}
+    known: dict[int, Any] = {}
+    return {key: _plain(content[key], known) for key in kept if key in content}
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    """Return plain data: recipes by their labels, other placeholders as None."""
-    if depth > 20:
-        return None
+def _plain(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
+    """Return plain data: recipes by their labels, other placeholders as None.
+
+    Args:
+        value: what was read.
+        known: identity → what was made of a container; a pickle may hold one many times over, and
+            within itself.
+        depth: in how many containers it stands.
+    """
     if isinstance(value, _Inert):
         return value.label if isinstance(value, _Recipe) else None
-    if isinstance(value, dict):
-        return {key: _plain(item, depth + 1) for key, item in value.items() if isinstance(key, str)}
-    if isinstance(value, list | tuple):
-        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, dict | list | tuple):
+        if depth > MOST_NESTED:
+            return None
+        if id(value) not in known:
+            known[id(value)] = None
+            known[id(value)] = (
+                {
+                    key: _plain(item, known, depth + 1)
+                    for key, item in value.items()
+                    if isinstance(key, str)
+                }
+                if isinstance(value, dict)
+                else [_plain(item, known, depth + 1) for item in value]
+            )
+        return known[id(value)]
     return value if isinstance(value, str | int | float | bool) else None
