@@ -24,7 +24,7 @@ from layersense.quantization.formats import (
     known_formats,
 )
 from layersense.recipes.menu import Recipe
-from layersense.recipes.quant_config import bits_of, chosen, holds_experts
+from layersense.recipes.quant_config import bits_of, holds_experts
 
 Layout = Literal["fp8", "int8", "int4", "nvfp4", "mxfp8"]
 
@@ -216,7 +216,7 @@ def make_plan(
         name: format_from_settings(name, run.settings["format"])
         for name, run in manifest.run.items()
     }
-    recipe = chosen(manifest)
+    recipe = manifest.recipe
     used = set(recipe.values()) - {NONE}
     written = {name: writes(formats[name], allowed) for name in formats if name in used}
     if bad := [name for name, found in written.items() if found is None]:

@@ -38,7 +38,7 @@ from layersense.quantization.extensions import cache_folder
 from layersense.quantization.formats import NONE, check_device, format_from_settings
 from layersense.quantization.kv_cache import KV_CACHES
 from layersense.recipes.menu import Recipe, recipe_digest
-from layersense.recipes.quant_config import bits_of, chosen, quant_config, read_settings
+from layersense.recipes.quant_config import bits_of, quant_config, read_settings
 from layersense.scoring.job import extensions_here, leased, only_job
 from layersense.verification.plan import CACHE
 from layersense.verification.table import MeasuredRecipes, read_measured_recipes
@@ -169,7 +169,7 @@ def _export(
     cache: Path,
 ) -> Exported:
     settings = read_settings(manifest)
-    recipe = chosen(manifest)
+    recipe = manifest.recipe
     is_onnx = manifest.model.task in ONNX_TASKS
     _check_space(out.parent, manifest.autoquant_state.checkpoint_bytes)
     with leased(settings["device"], gpus), _fresh_folder(out.with_name(PART)) as folder:
@@ -356,7 +356,7 @@ def _warn(exported: Exported) -> None:
 
 def _digest(manifest: Manifest) -> str:
     """Return the digest of all that determines a checkpoint."""
-    recipe = {handle: name for handle, name in chosen(manifest).items() if name != NONE}
+    recipe = {handle: name for handle, name in manifest.recipe.items() if name != NONE}
     return digest_json(
         {
             "version": EXPORT_VERSION,

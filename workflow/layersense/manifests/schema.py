@@ -217,6 +217,13 @@ class Manifest(msgspec.Struct, kw_only=True):
     run: dict[str, FormatRun]
     """How it was measured, by format."""
 
+    @property
+    def recipe(self) -> dict[str, str]:
+        """What was chosen: the handle of every layer group → its format, in model order."""
+        return {
+            handle: plain_name(group.selected) for handle, group in self.layer_sensitivity.items()
+        }
+
 
 def label(format: str, bits: float) -> str:
     """Return a format's label as ModelOpt writes it: ``NONE(effective-bits: 16.0)``."""

@@ -484,9 +484,7 @@ def with_recipe(manifest: Manifest, recipe: Mapping[str, str]) -> Manifest:
     choice = menu.choice(recipe)
     state = result.autoquant_state
     used = menu.budget_cost(choice)
-    before = menu.choice(
-        {handle: plain_name(group.selected) for handle, group in manifest.layer_sensitivity.items()}
-    )
+    before = menu.choice(manifest.recipe)
     if used > menu.budget_cost(before) * (1 + BUDGET_TOLERANCE):
         raise LayersenseError(
             f"{manifest.run_name}, {manifest.scheme.name}: the recipe takes more than the "

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from layersense.files import atomic_path, canonical_json
 from layersense.manifests.read import read_own_manifest
-from layersense.manifests.schema import Manifest, plain_name
+from layersense.manifests.schema import Manifest
 from layersense.manifests.tables import BYTES_PER_COST
 from layersense.recipes.baselines import baselines
 from layersense.recipes.menu import Menu, recipe_digest
@@ -152,9 +152,7 @@ def frontier_table(manifest: Manifest) -> pa.Table:
         )
         for index, point in enumerate(found.points)
     ]
-    chosen = menu.choice(
-        {handle: plain_name(g.selected) for handle, g in manifest.layer_sensitivity.items()}
-    )
+    chosen = menu.choice(manifest.recipe)
     rows.append(
         row(
             chosen,

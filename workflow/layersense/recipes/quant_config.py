@@ -91,7 +91,7 @@ def quant_config(manifest: Manifest, recipe: Recipe | None = None) -> QuantConfi
     """
     bits = manifest.autoquant_state.constraints["effective_bits"]
     if recipe is None:
-        recipe = chosen(manifest)
+        recipe = manifest.recipe
     else:
         bits = bits_of(manifest, recipe)
     formats = {
@@ -117,13 +117,6 @@ def quant_config(manifest: Manifest, recipe: Recipe | None = None) -> QuantConfi
         enable=enable_entries([*parts, *([cache] if cache else [])]),
         kv_cache=cache,
     )
-
-
-def chosen(manifest: Manifest) -> Recipe:
-    """Return what a manifest chose: handle → format."""
-    return {
-        handle: plain_name(group.selected) for handle, group in manifest.layer_sensitivity.items()
-    }
 
 
 def bits_of(manifest: Manifest, recipe: Recipe) -> float:

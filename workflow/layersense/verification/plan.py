@@ -149,10 +149,7 @@ def _recipes(manifest: Manifest, options: Verify) -> Iterator[Planned]:
     if manifest.scheme.kv_cache != "none":
         label = f"key-value cache in {manifest.scheme.kv_cache} alone"
         yield planned("cache", label, dict.fromkeys(menu.handles, NONE))
-    chosen = {
-        handle: plain_name(group.selected) for handle, group in manifest.layer_sensitivity.items()
-    }
-    yield planned("scheme", name, chosen)
+    yield planned("scheme", name, manifest.recipe)
     points = [menu.recipe(point.choice) for point in frontier(menu).points]
     points = [recipe for recipe in points if set(recipe.values()) != {NONE}]
     bits = np.array([menu.effective_bits(menu.choice(recipe)) for recipe in points])
@@ -175,7 +172,7 @@ def _recipes(manifest: Manifest, options: Verify) -> Iterator[Planned]:
             yield planned(
                 "rival", f"best within the bits of {baseline.label}", rival, baseline.label
             )
-    own = menu.choice(chosen)
+    own = menu.choice(manifest.recipe)
     outer = outer_first(menu, manifest.layer_sensitivity, menu.budget_cost(own))
     if outer is not None:
         yield planned("outer_first", "outer blocks first, at its bits", outer)

@@ -19,7 +19,7 @@ from layersense.config import Verify
 from layersense.errors import LayersenseError
 from layersense.files import atomic_write
 from layersense.manifests.read import read_own_manifest
-from layersense.manifests.schema import Manifest, encode_manifest, plain_name
+from layersense.manifests.schema import Manifest, encode_manifest
 from layersense.quantization.formats import NONE
 from layersense.recipes.decide import with_recipe
 from layersense.recipes.menu import Arrangement, Menu, Recipe
@@ -91,9 +91,7 @@ def search(
     if len(found.before.positions) < LEAST_UNITS:
         return Search()
     menu = Menu.of_manifest(manifest)
-    own = menu.choice(
-        {handle: plain_name(group.selected) for handle, group in manifest.layer_sensitivity.items()}
-    )
+    own = menu.choice(manifest.recipe)
     positions = found.before.positions
     tuning, _ = halves(len(positions))
     damages = single_damages(menu, manifest, found, singles, tuning)
