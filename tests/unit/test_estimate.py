@@ -71,7 +71,7 @@ def loaded(request: pytest.FixtureRequest, shared: Path) -> Any:
 
 def test_shapes_tell_what_a_real_pass_holds(loaded: Any) -> None:
     kind, task, model, groups, batch = loaded
-    real = held_by_running(model, groups, lambda: task.forward(model, batch))
+    real = held_by_running(groups, lambda: task.forward(model, batch))
     told = held_by_shapes(groups, task.describe, batch, model.config)
     if kind == "resnet":
         assert told is None  # where its convolutions work cannot be told without running it
@@ -91,7 +91,7 @@ def test_what_a_real_pass_holds_is_what_its_linear_layers_see(loaded: Any) -> No
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.Conv3d)
     ]
-    real = held_by_running(model, groups, lambda: task.forward(model, batch))
+    real = held_by_running(groups, lambda: task.forward(model, batch))
     for hook in hooks:
         hook.remove()
     assert sum(outputs for _, outputs in real.values()) == sum(seen.values())

@@ -34,7 +34,7 @@ from layersense.validation import load_config, read_config_file
 
 Status = Literal["ok", "warning", "error"]
 
-_DISTRIBUTIONS = {
+_DISTRIBUTIONS: dict[str, Status] = {
     "snakemake": "error",
     "torch": "error",
     "nvidia-modelopt": "error",
@@ -77,7 +77,7 @@ def examine(config_file: Path | None, profile: Path | None) -> Iterator[Line]:
     yield from _versions()
     yield from _gpus(config)
     yield from _compiler(config)
-    yield from _memory(config)
+    yield from _memory()
     yield from _disk()
     yield from _results()
     yield from _slurm(profile)
@@ -105,7 +105,7 @@ def _versions() -> Iterator[Line]:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             what = "is needed on a cluster alone" if status == "warning" else "is needed"
-            yield Line(_status(status), name, f"not installed ({what})", "make install")
+            yield Line(status, name, f"not installed ({what})", "make install")
             continue
         wanted = _pins().get(name)
         if wanted not in (None, version):
@@ -204,7 +204,7 @@ def _compiler(config: Config | None) -> Iterator[Line]:
                 )
 
 
-def _memory(config: Config | None) -> Iterator[Line]:
+def _memory() -> Iterator[Line]:
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     except (ValueError, OSError):
@@ -406,10 +406,6 @@ def _short(path: Path) -> str:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _status(word: str) -> Status:
-    return "error" if word == "error" else "warning"
 
 
 def worst(lines: Sequence[Line]) -> Status:

@@ -16,7 +16,7 @@ from pathlib import Path
 _BLOCK = re.compile(r"^(?P<indent> *)Error in (?:rule|group) (?P<rule>\S+?):$")
 _FIELD = re.compile(r"^ +(message|log|jobid): (.*)$")
 _FINISHED = re.compile(r"^Finished jobid: (\d+) ")
-_ERROR = re.compile(r"^(?:error|config error): (.*)$", re.MULTILINE)
+_ERROR = re.compile(r"^error: (.*)$", re.MULTILINE)
 
 _OUTSIDE = (
     (

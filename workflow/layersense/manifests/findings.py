@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from layersense.manifests.codes import Code
 from layersense.manifests.schema import SUFFIX, Finding, LayerSensitivity, Manifest, plain_name
@@ -16,8 +16,6 @@ from layersense.manifests.stability import Stability, ranking_stability
 from layersense.quantization.extensions import RETRY
 from layersense.quantization.formats import NONE, bits_of_shape
 from layersense.scoring.scores import FormatScores, Scores
-
-Severity = Literal["error", "warning", "info"]
 
 CLAMPED = 1e20
 """ModelOpt clamps g·ΔY to ±1e10 and squares it, so one clamped element alone makes this score."""

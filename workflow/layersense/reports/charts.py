@@ -136,7 +136,7 @@ def datasets(
         "spans": _spans(result),
         "frontier": _frontier_rows(result, frontier) if frontier else [],
         "recipes": _recipe_rows(result, frontier, measured) if frontier and measured else [],
-        "singles": _single_rows(result, measured) if measured else [],
+        "singles": _single_rows(measured) if measured else [],
         "correlations": _correlation_rows(measured) if measured else [],
     }
 
@@ -277,7 +277,7 @@ def _recipe_rows(result: Result, frontier: Frontier, measured: Measured) -> Rows
     ]
 
 
-def _single_rows(result: Result, measured: Measured) -> Rows:
+def _single_rows(measured: Measured) -> Rows:
     """Return the groups that were measured alone; what has no logarithm is marked."""
     return [
         {

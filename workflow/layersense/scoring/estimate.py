@@ -235,7 +235,7 @@ def _peaks(
     if held is None:
         meta = batch.to("meta", floating_dtype(model))
         try:
-            held = held_by_running(model, groups, lambda: task.forward(model, meta))
+            held = held_by_running(groups, lambda: task.forward(model, meta))
         except Exception as error:  # whatever a model does that has no weights
             logger.debug("no forward pass on the meta device: %s", error)
             return (None, None), "this model cannot run without weights"

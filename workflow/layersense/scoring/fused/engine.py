@@ -392,9 +392,7 @@ class _Engine:
         if held is None:
             try:
                 there = batch.to(self.device, self.dtype)
-                held = held_by_running(
-                    self.model, groups, lambda: self.task.forward(self.model, there)
-                )
+                held = held_by_running(groups, lambda: self.task.forward(self.model, there))
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise

@@ -53,9 +53,7 @@ def held_by_shapes(
     return found
 
 
-def held_by_running(
-    model: nn.Module, groups: Mapping[str, QuantRecipeHparam], run: Callable[[], Any]
-) -> Held:
+def held_by_running(groups: Mapping[str, QuantRecipeHparam], run: Callable[[], Any]) -> Held:
     """Return the same from a forward pass, such as that of a network without weights."""
     found: Held = {}
     hooks = []
