@@ -145,9 +145,9 @@ class FormatScores(msgspec.Struct, kw_only=True):
     groups: dict[str, GroupScore]
     environment: dict[str, str]
     """Versions and hardware: ``layersense``, ``torch``, ``modelopt``, ``transformers``,
-    ``python``, ``gpu`` (or ``cpu``), ``host``…"""
+    ``python``, ``host``, ``device`` and, of a GPU, ``compute_capability`` and ``cuda``."""
     seconds: dict[str, float]
-    """Wall seconds by phase: ``load``, ``calibrate``, ``score``."""
+    """Wall seconds by phase: ``load``, ``calibrate``, ``score`` and what else the engine tells."""
     peak_memory_bytes: int
     fit: Fit
     agreement: Agreement | None = None
