@@ -13,6 +13,7 @@ import msgspec
 import yaml
 
 from layersense.calibration.records import Records
+from layersense.config import DatasetSection
 from layersense.config_docs import REPOSITORY, SCHEMA
 from layersense.errors import LayersenseError
 from layersense.files import atomic_write
@@ -321,8 +322,8 @@ def _rows(records: Records, file: Path) -> dict[str, int]:
             f"{file}: holds {units} photographs or texts, which is too few to measure on; give at "
             "least 10, better some hundreds"
         )
-    defaults = {"calibration": 512, "heldout": 64}
-    return {split: count for split, count in rows.items() if count < defaults[split]}
+    fields = DatasetSection.model_fields
+    return {split: count for split, count in rows.items() if count < fields[split].default}
 
 
 # --- words ---------------------------------------------------------------------------------------

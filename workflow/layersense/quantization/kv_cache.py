@@ -5,6 +5,7 @@ into attention, by two quantizers that ModelOpt puts into attention modules (`k_
 `v_bmm_quantizer`). No weight changes and no bit of the budget is spent.
 """
 
+import glob
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,9 +55,8 @@ def cache_config(name: str, attention: Iterable[str]) -> dict[str, Any]:
     """Return a config of `mtq.quantize` that turns on the cache's quantizers and nothing else."""
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for module in attention:
-        escaped = "".join(f"[{char}]" if char in "*?[" else char for char in module)
         entries += [
-            {"quantizer_name": f"{escaped}.{quantizer}", "cfg": KV_CACHES[name]}
+            {"quantizer_name": f"{glob.escape(module)}.{quantizer}", "cfg": KV_CACHES[name]}
             for quantizer in QUANTIZERS
         ]
     algorithm = None if name.endswith("_cast") else {"method": "max"}

@@ -10,7 +10,7 @@ from modelopt.torch.quantization.nn import QuantModuleRegistry
 from pydantic import ValidationError
 
 from layersense.errors import LayersenseError
-from layersense.quantization.extensions import EXTENSIONS
+from layersense.quantization.extensions import EXTENSIONS, STAND_INS
 from layersense.quantization.formats import Attributes, Format, format_settings, registry
 
 Kernel = Literal["compiled", "simulated", "native"]
@@ -85,7 +85,7 @@ def kernel_mode(format: Format, device: str) -> Kernel:
     if torch.device(device).type == "cpu":
         return "native"
     missing = {name for name in format.extensions if not _LOADERS[name]()}
-    if refused := missing - {"fp8"}:
+    if refused := missing - STAND_INS:
         titles = " and ".join(EXTENSIONS[name] for name in sorted(refused))
         raise LayersenseError(
             f"format `{format.name}` needs ModelOpt's CUDA extension for {titles}, which could not "

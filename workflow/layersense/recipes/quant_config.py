@@ -8,6 +8,7 @@ switches the earlier ones off without losing what they calibrated; the entries o
 switch all of them on again.
 """
 
+import glob
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,7 @@ def read_quant_config(path: str | Path) -> QuantConfig:
 
 def _entries(module: str, format: Format, *, fused: bool) -> list[Entry]:
     """Return the entries that set one module's quantizers; ModelOpt matches names by fnmatch."""
-    name = "".join(f"[{char}]" if char in "*?[" else char for char in module)
+    name = glob.escape(module)
     entries: list[Entry] = []
     for kind, stages in (("weight", format.weight), ("input", format.input)):
         if not stages:
