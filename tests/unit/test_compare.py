@@ -167,6 +167,26 @@ def test_show_as_json_sorted_both_ways(tmp_path):
     )
 
 
+def test_show_says_what_was_measured(tmp_path):
+    place = rf.write_result(tmp_path / "results")
+    before = json.loads(call("show", "demo/mix", "--json", cwd=tmp_path).stdout)
+    assert before["measured"] is None
+    # Whatever scores low does the damage.
+    rf.write_verification(
+        place, scale=lambda h, f: sf.DAMAGE[h.removesuffix(".quant_recipe")] ** -2
+    )
+    for name in ("demo/mix", str(place / "manifest.json")):
+        found = json.loads(call("show", name, "--json", cwd=tmp_path).stdout)
+        assert found["measured"]["kl"] > found["measured"]["kl_low"] > 0
+        assert "does worse than" in found["measured"]["verdict"]
+        codes = {entry["code"] for entry in found["findings"]}
+        assert codes == {entry["code"] for entry in before["findings"]} | {"score-predicts-badly"}
+    text = " ".join(call("show", "demo/mix", cwd=tmp_path).stdout.split())
+    assert "on held-out rows" in text
+    assert "does worse than" in text
+    assert "trust Read the warnings before you rely on it" in text
+
+
 def test_show_reads_foreign_manifests(shared_data):
     for manifest in sorted((shared_data / "manifests").glob("*.json")):
         done = call("show", str(manifest), "--json", "--top", "2")

@@ -695,10 +695,11 @@ def show(
     """  # noqa: D301
     from rich.console import Console
 
-    from layersense.reports.terminal import find_result
+    from layersense.reports.terminal import find_measured, find_result
     from layersense.reports.terminal import show as print_result
 
-    print_result(find_result(result), sort, top, as_json, Console())
+    found = find_result(result)
+    print_result(found, sort, top, as_json, Console(), find_measured(result, found))
 
 
 @app.command(rich_help_panel=PEOPLE)

@@ -152,7 +152,10 @@ def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "Model": [plain(row["model"] or "unknown") for row in rows],
         "Data": [plain(", ".join(filter(None, (row["dataset"], row["modality"])))) for row in rows],
         "Method": [row["method"] or "–" for row in rows],
-        "Asked": [f"{bits(row['effective_bits_asked'])} bits" for row in rows],
+        "Asked": [
+            "–" if asked is None else f"{bits(asked)} bits"
+            for asked in (row["effective_bits_asked"] for row in rows)
+        ],
     }  # fmt: skip
     # What is the same everywhere needs no column on the screen; search and copy have it.
     same = [name for name in ("Model", "Data", "Method") if len(set(columns[name])) == 1]

@@ -1,7 +1,7 @@
 """Results in the terminal: ``layersense show`` and ``layersense diff``, as tables or as JSON."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +15,11 @@ from rich.text import Text
 from layersense import paths
 from layersense.errors import LayersenseError
 from layersense.manifests.read import read_manifest
+from layersense.manifests.schema import Finding
 from layersense.manifests.tables import layers_table
 from layersense.reports.compare import Comparison, changed_label, compare, profile
-from layersense.reports.markdown import score_text, trust
+from layersense.reports.markdown import all_findings, score_text, trust
+from layersense.reports.measured import Measured, read_measured
 from layersense.reports.result import Group as LayerGroup
 from layersense.reports.result import Result, Score, make_result, read_result
 from layersense.reports.text import bits, number, percent, plain, short_format, size
@@ -60,6 +62,22 @@ def find_result(name: str) -> Result:
     return read_result(place)
 
 
+def find_measured(name: str, result: Result) -> Measured | None:
+    """Return what was measured of a result in a folder of results; None where nothing was.
+
+    Raises:
+        LayersenseError: the table of its run cannot be read.
+    """
+    place = Path(name) if Path(name).exists() else Path(paths.RESULTS) / name
+    folder = place.resolve() if place.is_dir() else place.resolve().parent
+    table = folder.parent / Path(paths.verification_table(result.run)).name
+    if result.about is None or not table.is_file():
+        return None
+    measured = read_measured(table, result.scheme, result.formats)
+    told = {verdict.scheme for verdict in measured.summary.verdicts}
+    return measured if result.scheme in told else None
+
+
 def known_results(start: str) -> Iterator[str]:
     """Yield ``run/scheme`` of what is in ``results/`` and begins with ``start``."""
     folder = Path(paths.RESULTS)
@@ -72,7 +90,14 @@ def known_results(start: str) -> Iterator[str]:
             yield table.stem
 
 
-def show(result: Result, sort: Sort, top: int, as_json: bool, console: Console) -> None:
+def show(
+    result: Result,
+    sort: Sort,
+    top: int,
+    as_json: bool,
+    console: Console,
+    measured: Measured | None = None,
+) -> None:
     """Print a result: recipe, totals, findings, and the layers that matter most.
 
     Args:
@@ -81,14 +106,16 @@ def show(result: Result, sort: Sort, top: int, as_json: bool, console: Console) 
         top: layers to list.
         as_json: whether to print JSON instead of tables.
         console: where to print.
+        measured: what was measured of it.
     """
     rows = _rows(result, sort)
+    found = all_findings(result.about.findings if result.about else (), measured)
     if as_json:
-        _print_json(console, _as_json(result, sort, rows[:top]))
+        _print_json(console, _as_json(result, sort, rows[:top], found, measured))
         return
     console.print(_headline(result))
-    console.print(_totals(result))
-    for entry in _findings(result):
+    console.print(_totals(result, found, measured))
+    for entry in _findings(found):
         console.print(entry)
     console.print(_layers(result, sort, rows[:top], console.width))
     if len(rows) > top:
@@ -126,7 +153,9 @@ def _headline(result: Result) -> Text:
     return text
 
 
-def _totals(result: Result) -> RenderableType:
+def _totals(
+    result: Result, findings: Sequence[Finding], measured: Measured | None
+) -> RenderableType:
     total, about = result.total, result.about
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
@@ -146,15 +175,20 @@ def _totals(result: Result) -> RenderableType:
         )
         error = f" ± {number(about.damage_se)}" if about.damage_se is not None else ""
         table.add_row("damage", f"{number(about.state.score)}{error}, predicted")
-        table.add_row("trust", trust([finding.severity for finding in about.findings]))
+        if measured and measured.chosen:
+            kl, low, high = (measured.chosen[key] for key in ("kl", "kl_low", "kl_high"))
+            span = f" ({number(low)} to {number(high)})" if low is not None else ""
+            table.add_row("measured", f"KL {measured.kl(kl)}{span} on held-out rows")
+            table.add_row("", measured.verdict.sentence)
+        table.add_row("trust", trust([finding.severity for finding in findings]))
     else:
         table.add_row("groups", str(total.groups))
         table.add_row("", "no recipe and no findings: another program wrote this manifest")
     return table
 
 
-def _findings(result: Result) -> Iterator[Text]:
-    for finding in result.about.findings if result.about else ():
+def _findings(findings: Sequence[Finding]) -> Iterator[Text]:
+    for finding in findings:
         text = Text()
         text.append(f"{SEVERITIES[finding.severity]}: ", STYLES[finding.severity])
         text.append(plain(finding.what))
@@ -240,7 +274,11 @@ def _comparison(a: Result, b: Result, found: Comparison) -> list[RenderableType]
 
 
 def _as_json(
-    result: Result, sort: Sort, rows: list[tuple[LayerGroup, Score | None]]
+    result: Result,
+    sort: Sort,
+    rows: list[tuple[LayerGroup, Score | None]],
+    findings: Sequence[Finding],
+    measured: Measured | None,
 ) -> dict[str, Any]:
     about, total = result.about, result.total
     return {
@@ -259,7 +297,11 @@ def _as_json(
         "groups": total.groups,
         "groups_quantized": total.quantized if about else None,
         "formats": {part.name: part.groups for part in result.by_format} if about else None,
-        "findings": [msgspec.to_builtins(finding) for finding in about.findings] if about else None,
+        "measured": {
+            **{key: measured.chosen[key] for key in ("kl", "kl_low", "kl_high", "top1_agreement")},
+            "verdict": measured.verdict.sentence,
+        } if measured and measured.chosen else None,
+        "findings": [msgspec.to_builtins(finding) for finding in findings] if about else None,
         "sorted_by": sort,
         "layers": [
             {
@@ -279,7 +321,7 @@ def _as_json(
             }
             for group, entry in rows
         ],
-    }
+    }  # fmt: skip
 
 
 def _print_json(console: Console, content: dict[str, Any]) -> None:
