@@ -142,12 +142,10 @@ class Measured:
         names = [row["label"] for row in self.recipes if row["role"] in TUNED]
         if not names:
             return None
-        judged = (
-            " The sentence above judges them on the other half." if self.verdict.betterment else ""
-        )
+        judged = " The sentence above judges by the other half." if self.verdict.betterment else ""
         return (
             f"Half of these rows chose the recipe{'s' * (len(names) > 1)} {' and '.join(names)}, "
-            f"so that their numbers here are too good.{judged}"
+            f"so that {'their' if len(names) > 1 else 'its'} numbers here are too good.{judged}"
         )
 
     @property

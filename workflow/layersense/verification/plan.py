@@ -175,7 +175,9 @@ def _recipes(manifest: Manifest, options: Verify) -> Iterator[Planned]:
     own = menu.choice(manifest.recipe)
     outer = outer_first(menu, manifest.layer_sensitivity, menu.budget_cost(own))
     if outer is not None:
-        yield planned("outer_first", "outer blocks first, at its bits", outer)
+        counted = {"bits": "bits", "size": "size", "table": "cost"}
+        label = f"outer blocks first, at its {counted[manifest.autoquant_state.budget.kind]}"
+        yield planned("outer_first", label, outer)
     own_bits = menu.effective_bits(own)
     for number, recipe in enumerate(random_recipes(menu, own_bits, options.random), start=1):
         yield planned("random", f"random {number}", recipe)

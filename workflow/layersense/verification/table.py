@@ -495,7 +495,8 @@ def _verdict(
     duels: Sequence[Duel],
     alone: Mapping[tuple[str, str], float],
 ) -> Verdict:
-    scheme, equal = manifest.scheme.name, _equal(manifest.autoquant_state.budget)
+    scheme, budget = manifest.scheme.name, manifest.autoquant_state.budget
+    equal = _equal(budget)
     if (scheme, scheme) not in measured:
         return Verdict(
             scheme=scheme,
@@ -530,9 +531,18 @@ def _verdict(
         ("even", "cannot be told apart on these rows from"),
         ("lost", "does worse than"),
     ):
-        names = [duel.theirs for duel in others if duel.outcome == outcome]
-        if names:
-            parts.append(f"{equal} the solver's choice {words} {_and(names)}")
+        # What is compared at the recipe's own bits, and at those of the other ones.
+        for mine, where, who in (
+            (True, _OWN.get(budget.kind, _WITHIN), "the recipe"),
+            (False, _EACH.get(budget.kind, _WITHIN), "the solver's choice"),
+        ):
+            names = [
+                duel.theirs
+                for duel in others
+                if duel.outcome == outcome and (duel.ours == scheme) == mine
+            ]
+            if names:
+                parts.append(f"{where.format(unit=budget.unit)} {who} {words} {_and(names)}")
     sentence = "; ".join(parts) or "there is no other recipe to compare it with"
     return Verdict(
         scheme=scheme,
@@ -541,6 +551,12 @@ def _verdict(
         equal=equal,
         findings=[] if kl is not None else [_no_use(scheme)],
     )
+
+
+_OWN = {"bits": "at its own bits", "size": "at its own size"}
+_EACH = {"bits": "at the bits of each of these", "size": "at the size of each of these"}
+_WITHIN = "within the same {unit}"
+"""Within which budget two recipes are compared, by the kind of the scheme's budget."""
 
 
 def _equal(budget: Budget) -> str:
