@@ -15,7 +15,7 @@ PLAN_VERSION = 2
 """Raised when the plan or the search for better recipes changes: what is new in it is measured."""
 METRICS_VERSION = 3
 """Raised when a task has another metric, which measures whole recipes again and no group alone."""
-VERIFICATION_TABLE_VERSION = 7
+VERIFICATION_TABLE_VERSION = 8
 """Raised when the table or its summary changes for the same measurements."""
 
 
