@@ -98,6 +98,10 @@ By hand, it takes:
 What is measured belongs to the run (model, data, method, sampling), what is decided belongs to the
 scheme. A format is measured once in each run, however many schemes name it.
 
+A second model is one more entry under `models` and `runs` of the same file. Of two files in one
+folder, each keeps what the other measured, and `index.html`, `summary.md` and the tables of all
+runs show the one that was run last.
+
 ## Your own cluster
 
 What a site decides stands in a profile, never in the config or a rule:

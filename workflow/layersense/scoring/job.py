@@ -260,8 +260,9 @@ def prepare_measurement(
     with open_database(database_file) as database:
         rows = database.rows(unit, "calibration", limit=sampling["calibration_samples"])
         if not rows:
+            lack = "pairs (several texts of one photograph)" if unit == "pair" else f"{unit}s"
             raise LayersenseError(
-                f"{database_file}: holds no {unit}s to calibrate on, which task "
+                f"{database_file}: holds no {lack} to calibrate on, which task "
                 f"{checkpoint.task} needs; take a dataset that has them"
             )
         database.check_images(rows)
