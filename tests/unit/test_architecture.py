@@ -10,7 +10,7 @@ import pytest
 ORDER = [
     "errors", "logs", "failures", "files", "progress", "paths", "config", "calibration",
     "quantization", "models", "job_resources", "scoring", "manifests", "recipes", "verification",
-    "export", "reports", "settings", "validation",
+    "export", "reports", "settings", "config_problems", "config_file", "validation",
 ]  # fmt: skip
 """What stands later may import what stands earlier."""
 TOOLS = {"cli", "__main__", "config_docs", "doctor", "init", "resources"}

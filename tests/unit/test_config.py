@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layersense import config_docs
+from layersense.config_file import read_config_file
 from layersense.errors import LayersenseError
-from layersense.validation import check_gpus, load_config, read_config_file
+from layersense.validation import check_gpus, load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = [REPOSITORY / "config/config.yaml", *sorted((REPOSITORY / "config/examples").iterdir())]

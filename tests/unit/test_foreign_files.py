@@ -25,9 +25,10 @@ from layersense.calibration.images import decode_image
 from layersense.calibration.masks import decode_mask
 from layersense.calibration.tables import read_table, read_texts
 from layersense.config import Dataset
+from layersense.config_file import read_config_file
 from layersense.errors import LayersenseError
 from layersense.manifests.read import read_manifest, validate_manifest
-from layersense.validation import load_config, read_config_file
+from layersense.validation import load_config
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),

@@ -11,9 +11,10 @@ from PIL import Image
 from layersense.calibration.build import read_records
 from layersense.calibration.sampling import draw
 from layersense.config import Config
+from layersense.config_file import read_config_file
 from layersense.errors import LayersenseError
 from layersense.init import write_config
-from layersense.validation import load_config, read_config_file
+from layersense.validation import load_config
 
 VLM = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "vision_config": {}}
 LLM = {"architectures": ["LlamaForCausalLM"]}

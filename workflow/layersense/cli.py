@@ -469,9 +469,9 @@ def reach(
     from layersense import paths
     from layersense.scoring.reach import advice, reach_run, summary
     from layersense.settings import score_settings
-    from layersense.validation import load_config, read_config_file
+    from layersense.validation import load_config_file
 
-    config = load_config(read_config_file(configfile), str(configfile))
+    config = load_config_file(configfile)
     if unknown := [name for name in run or () if name not in config.runs]:
         raise LayersenseError(
             f"{configfile}: has no run {unknown[0]}; name one of {', '.join(config.runs)}"
@@ -610,9 +610,9 @@ def estimate(
     from layersense import paths, settings
     from layersense.models.checkpoints import peek, read_checkpoint
     from layersense.scoring.estimate import estimate_run
-    from layersense.validation import load_config, read_config_file
+    from layersense.validation import load_config_file
 
-    config = load_config(read_config_file(configfile), str(configfile))
+    config = load_config_file(configfile)
     failed = False
     for name, run in config.runs.items():
         record = Path(paths.model(run.model))

@@ -30,7 +30,7 @@ from layersense.quantization.extensions import (
     known_builds,
 )
 from layersense.quantization.formats import resolve_format
-from layersense.validation import load_config, read_config_file
+from layersense.validation import load_config_file
 
 Status = Literal["ok", "warning", "error"]
 
@@ -85,7 +85,7 @@ def examine(config_file: Path | None, profile: Path | None) -> Iterator[Line]:
 
 def _config(file: Path) -> tuple[Line, Config | None]:
     try:
-        config = load_config(read_config_file(file), str(file))
+        config = load_config_file(file)
     except LayersenseError as error:
         return Line("error", "config", str(error), f"correct {file}"), None
     runs = f"{len(config.runs)} run(s), {len(config.schemes)} scheme(s)"

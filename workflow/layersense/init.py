@@ -17,8 +17,8 @@ from layersense.config import DatasetSection
 from layersense.config_docs import REPOSITORY, SCHEMA
 from layersense.errors import LayersenseError
 from layersense.files import atomic_write
-from layersense.models.checkpoints import guess_task, is_pickle, read_config
-from layersense.validation import is_directory, load_config, read_config_file
+from layersense.models.checkpoints import guess_task, is_path, is_pickle, read_config
+from layersense.validation import load_config_file
 
 DEFAULT_OUT = Path("config/my-model.yaml")
 SAMPLE_ROWS = (96, 16)
@@ -99,7 +99,7 @@ def write_config(
     text = "\n".join(lines) + "\n"
     atomic_write(out, text)
     try:
-        load_config(read_config_file(out), str(out))
+        load_config_file(out)
     except LayersenseError:
         out.unlink()
         raise
@@ -121,7 +121,7 @@ def _checkpoint_config(checkpoint: str) -> tuple[dict[str, Any], bool]:
             f"{checkpoint}: is a pickle, which can run code when it is loaded, so its config is "
             "yours to write: copy config/examples/yolo-coco.yaml"
         )
-    if is_directory(checkpoint):
+    if is_path(checkpoint):
         folder, directory = Path(checkpoint).expanduser(), True
     else:
         folder, directory = _fetch_config(checkpoint), False

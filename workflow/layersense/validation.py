@@ -1,23 +1,21 @@
-"""Read and check the config: all problems at once, before anything starts (no torch)."""
+"""Check the config: all problems at once, before anything starts (no torch)."""
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import TypeAdapter, ValidationError
 
 from layersense import config as models
 from layersense.calibration.archives import is_file, is_folder
 from layersense.calibration.build import coco_files
 from layersense.config import COCO_SPLITS, TASK_METHODS, TASK_MODALITIES, Config, OwnFormat
+from layersense.config_file import read_config_file
+from layersense.config_problems import Part, Path_, Problems, either, shown
 from layersense.errors import LayersenseError
 from layersense.export.allow import ONNX_TASKS, TASKS, menu, nearest_format, writes
-from layersense.models.checkpoints import is_pickle
+from layersense.models.checkpoints import is_path, is_pickle
 from layersense.models.outside import find_module, is_outside
 from layersense.paths import RESERVED_RUNS, RESERVED_SCHEMES
 from layersense.quantization.formats import (
@@ -30,28 +28,6 @@ from layersense.quantization.kv_cache import CACHE_TASKS, KV_CACHES, needs_cuda
 from layersense.recipes.search_recipe import scheme_of
 from layersense.recipes.targets import TARGETS, reads
 
-Path_ = tuple[str | int, ...]
-"""Keys and indices that lead to a value of the config."""
-
-Part = dict[str, Any]
-"""An entry with its defaults; a key whose value is wrong or missing is absent."""
-
-DATASETS: dict[str, type[BaseModel]] = {
-    "sample": models.SampleDataset,
-    "coco": models.CocoDataset,
-    "images": models.ImagesDataset,
-    "text": models.TextDataset,
-}
-MODELS: dict[str, type[BaseModel]] = {
-    "demo": models.DemoModel,
-    "checkpoint": models.CheckpointModel,
-}
-ENTRIES: dict[str, type[BaseModel]] = {
-    "formats": OwnFormat,
-    "schemes": models.Scheme,
-    "runs": models.Run,
-    "manifests": models.ImportedManifest,
-}
 BUDGETS = ("effective_bits", "size_gb", "cost_table")
 """Keys of a scheme of which it has one."""
 _BOXES = "take COCO with an instances file, or the sample"
@@ -80,98 +56,23 @@ SECTIONS = ("datasets", "models", "formats", "schemes", "runs", "manifests")
 """Sections that map names to entries."""
 
 
-# --- reading -------------------------------------------------------------------------------------
-
-
-def _repeated_keys(root: yaml.Node | None) -> list[str]:
-    """Return where a key stands twice in one mapping: PyYAML keeps the last one, silently."""
-    found = []
-    seen: set[int] = set()  # a node with an anchor stands in several places
-    nodes = [root] if root is not None else []
-    while nodes:
-        node = nodes.pop()
-        if id(node) in seen or isinstance(node, yaml.ScalarNode):
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-            continue
-        first: dict[tuple[str, str], int] = {}
-        for key, value in node.value:
-            nodes += [key, value]
-            if isinstance(key, yaml.ScalarNode):
-                word, line = (key.tag, key.value), key.start_mark.line + 1
-                if word in first:
-                    found.append((line, f"`{key.value}` stands in line {first[word]} already"))
-                first.setdefault(word, line)
-    return [f"line {line}: {text}" for line, text in sorted(found)]
-
-
-def read_config_file(path: str | Path) -> dict[str, Any]:
-    """Read one YAML file, without checking what it says.
+def load_config_file(path: str | Path) -> Config:
+    """Read a config file, check it and the files that it names, and return it.
 
     Raises:
-        LayersenseError: it is missing, not UTF-8, not YAML or no mapping, or a key stands twice
-            in one mapping (all are named, with their lines).
+        LayersenseError: see :func:`layersense.config_file.read_config_file` and
+            :func:`load_config`.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LayersenseError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
-    except OSError as error:
-        raise LayersenseError(
-            f"{path}: cannot be read ({error.strerror}); give the config with --configfile"
-        ) from error
-    try:
-        loader = yaml.SafeLoader(text)
-        try:
-            root = loader.get_single_node()
-            repeated = _repeated_keys(root)
-            data = loader.construct_document(root) if root is not None else None
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
-        raise LayersenseError(f"{path}: is not YAML: {_yaml_problem(error)}") from error
-    if repeated:
-        raise LayersenseError(
-            f"{path}: a key stands twice and the first would be lost; rename or remove one of "
-            f"them ({'; '.join(repeated)})"
-        )
-    if not isinstance(data, dict):
-        raise LayersenseError(
-            f"{path}: expected a mapping with {_or(Config.model_fields)}, found {_found(data)}"
-        )
-    return data
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-        # The parser stops where it can go on no more, which is often a line after the slip.
-        return f"{place}; {_yaml_hint(str(error.problem))}"
-    return " ".join(str(error).split())
-
-
-def _yaml_hint(problem: str) -> str:
-    if "'\\t'" in problem:
-        return "indent by spaces, YAML takes no tabs"
-    return (
-        "look at this line and the one before: keys of one mapping have the same indent and end "
-        "in a colon and a space, and brackets and quotes are closed"
-    )
+    return load_config(read_config_file(path), str(path))
 
 
 def validate_config(path: str | Path) -> list[str]:
     """Return what is wrong with a config file and the files that it names, in sentences."""
     try:
-        load_config(read_config_file(path), str(path))
+        load_config_file(path)
     except LayersenseError as error:
         return [str(error)]
     return []
-
-
-# --- checking ------------------------------------------------------------------------------------
 
 
 def load_config(data: Mapping[str, Any], file: str, *, check_files: bool = True) -> Config:
@@ -261,161 +162,16 @@ def check_gpus(config: Config, gpus: int | None) -> list[str]:
     ]
 
 
-class _Checker:
-    """The problems of one config, collected."""
+class _Checker(Problems):
+    """The problems of one config that no single value shows."""
 
     def __init__(self, data: dict[str, Any], check_files: bool) -> None:
-        self.data = data
+        super().__init__(data)
         try:  # as lax as the key itself
             self.frozen = TypeAdapter(bool).validate_python(data.get("frozen", False))
         except ValidationError:
             self.frozen = False
         self.check_files = check_files
-        self.problems: list[str] = []
-        self.bad: set[Path_] = set()
-
-    def add(self, path: Path_, expected: str, found: Any = None, words: Iterable[str] = ()) -> None:
-        """Note a problem: what was expected at ``path``; ``found`` is rendered unless None."""
-        text = f"{_key_path(path)}: {expected}"
-        if found is not None:
-            text += f", found {_found(found)}"
-        known = [word for word in words if isinstance(word, str)]  # YAML keys may be numbers
-        if isinstance(found, str) and (near := get_close_matches(found, known, 1, 0.5)):
-            text += f"; did you mean `{near[0]}`?"
-        if text not in self.problems:
-            self.problems.append(text)
-
-    # --- types and keys ---
-
-    def add_errors(self, errors: Iterable[ErrorDetails]) -> None:
-        """Note what pydantic found, in our own words."""
-        for error in errors:
-            path, value, context = self._where(error), error["input"], error.get("ctx", {})
-            self.bad.add(path)
-            kind = error["type"]
-            if kind == "extra_forbidden":
-                fields = self._fields(path[:-1])
-                self.add(path, f"expected one of the keys {_or(fields)}", path[-1], fields)
-            elif kind == "missing":
-                description = self._description(path)
-                self.add(path, f"expected this key ({description}), found nothing")
-            elif kind in ("union_tag_invalid", "union_tag_not_found") and isinstance(value, dict):
-                kinds = list(DATASETS if path[0] == "datasets" else MODELS)
-                path = (*path, "source")
-                self.bad.add(path)
-                if "source" in value:
-                    self.add(path, f"expected {_or(kinds)}", value["source"], kinds)
-                else:
-                    self.add(path, f"expected this key ({_or(kinds)}), found nothing")
-            elif kind == "literal_error":
-                words = self._words(path)
-                self.add(path, f"expected {_or(words)}", value, words)
-            elif kind == "string_pattern_mismatch" and path[-1] == "task":
-                expected = f"expected {_or(TASK_MODALITIES)}, or a class as `package.module:Class`"
-                self.add(path, expected, value, TASK_MODALITIES)
-            elif path[-1] == "[key]":
-                self.bad.add(path[:-1])
-                self.add(
-                    path[:-1],
-                    "expected a name of at most 100 letters, digits, dots, underscores and "
-                    "hyphens that starts with a letter or digit (put numbers, `yes` and `no` in "
-                    "quotes)",
-                    path[-2],
-                )
-            else:
-                expected = _expected(kind, context, error["msg"])
-                self.add(path, expected + self._slip(kind, path, value), _Any(value))
-
-    def _slip(self, kind: str, path: Path_, value: Any) -> str:
-        """Return what was probably meant by a value of another type, in brackets."""
-        if kind == "list_type" and isinstance(value, str):
-            return f" (`[{value}]`)"
-        if kind != "model_type":
-            return ""
-        if value is True and not any(
-            f.is_required() for f in self._model(path).model_fields.values()
-        ):
-            return " (`{}` for the defaults)"
-        if len(path) == 2 and path[1] in self._model(path).model_fields:
-            return f" of keys (`{path[1]}` is a key of the entry above it: indent it further)"
-        return ""
-
-    def _where(self, error: ErrorDetails) -> Path_:
-        """Return the path of an error, without the tag that pydantic adds for a union's member."""
-        path = tuple(error["loc"])
-        tags = {"datasets": DATASETS, "models": MODELS}.get(str(path[0]) if path else "")
-        if tags is not None and len(path) > 2 and path[2] in tags:
-            path = path[:2] + path[3:]
-        return path
-
-    def _model(self, path: Path_) -> type[BaseModel]:
-        """Return the model of the mapping at ``path``."""
-        if not path:
-            return Config
-        section = str(path[0])
-        if section == "report":
-            return models.Report
-        if section == "datasets" and path[2:3] == ("fetch",):
-            return models.Fetch
-        if section in ("datasets", "models"):
-            entry = self.data[section][path[1]]
-            kinds = DATASETS if section == "datasets" else MODELS
-            return kinds[entry.get("source", "checkpoint")]
-        if path[2:3] == ("cost_table",):
-            return models.CostTable
-        if path[2:3] == ("search_spaces",):
-            return models.SearchSpace
-        if path[2:3] == ("verify",):
-            return models.Verify
-        return ENTRIES[section]
-
-    def _fields(self, path: Path_) -> list[str]:
-        return list(self._model(path).model_fields)
-
-    def _description(self, path: Path_) -> str:
-        text = self._model(path[:-1]).model_fields[str(path[-1])].description or ""
-        return " ".join(text.split()).split("; ")[0].rstrip(".")
-
-    def _words(self, path: Path_) -> list[str]:
-        """Return the words of a literal, or of a literal that may be left out."""
-        annotation = self._model(path[:-1]).model_fields[str(path[-1])].annotation
-        args = [arg for arg in get_args(annotation) if arg is not type(None)]
-        return [word for arg in args for word in ([arg] if isinstance(arg, str) else get_args(arg))]
-
-    # --- entries ---
-
-    def section(self, name: str) -> dict[Any, Any]:
-        """Return a section as it was written, empty if it is no mapping."""
-        section = self.data.get(name)
-        return section if isinstance(section, dict) else {}
-
-    def part(self, section: str, name: Any) -> Part:
-        """Return what is valid of an entry, with the defaults of what was left out."""
-        entry = self.section(section).get(name)
-        if not isinstance(entry, dict) or (section, name, "source") in self.bad:
-            return {}
-        fields = self._model((section, name)).model_fields
-        defaults = {key: field.default for key, field in fields.items() if not field.is_required()}
-        part = {
-            key: value
-            for key, value in {**defaults, **entry}.items()
-            if (section, name, key) not in self.bad
-        }
-        for path in self.bad:  # single items of a list, or something within them
-            if len(path) < 4 or path[:2] != (section, name):
-                continue
-            key, index = str(path[2]), path[3]
-            if isinstance(part.get(key), list) and isinstance(index, int):
-                part[key] = [None if i == index else item for i, item in enumerate(part[key])]
-        return part
-
-    def items(self, section: str) -> Iterator[tuple[str, Part]]:
-        """Yield the entries of a section that can be looked at."""
-        for name in self.section(section):
-            if isinstance(name, str):
-                yield name, self.part(section, name)
-
-    # --- what depends on several entries ---
 
     def check(self) -> None:
         """Run every check that is not about one value's type."""
@@ -494,7 +250,7 @@ class _Checker:
                 self.resolved[name] = resolve_format(name, self.own)
             except UnknownFormatError as error:
                 expected = "expected a format (docs/formats.md lists them)"
-                self.add(path, f"{expected}, found {_found(name)}{error.hint}")
+                self.add(path, f"{expected}, found {shown(name)}{error.hint}")
                 return None
             except LayersenseError as error:
                 self.add(path, str(error))
@@ -556,14 +312,14 @@ class _Checker:
                 self.add(
                     (*path, "quant_formats"),
                     f"{runtime.title} does not read `{format.name}`; expected "
-                    f"{_or(runtime.formats)}, or another `target`",
+                    f"{either(runtime.formats)}, or another `target`",
                 )
         cache = scheme.get("kv_cache")
         read = [name for entry in runtime.caches for name in entry.formats]
         if cache in KV_CACHES and cache not in read:
             self.add(
                 (*path, "kv_cache"),
-                f"expected {_or(['none', *read])}: {runtime.title} reads no key-value cache in "
+                f"expected {either(['none', *read])}: {runtime.title} reads no key-value cache in "
                 "another format",
                 cache,
             )
@@ -577,7 +333,7 @@ class _Checker:
             self.add(
                 (*path, "effective_bits"),
                 f"expected this key ({self._description((*path, 'effective_bits'))}) or another "
-                f"budget ({_or(BUDGETS[1:])}), found nothing",
+                f"budget ({either(BUDGETS[1:])}), found nothing",
             )
 
     def _check_model(self, name: str, model: Part) -> None:
@@ -592,7 +348,7 @@ class _Checker:
                 f"expected `true` if you trust where {checkpoint} comes from, because it is a "
                 "pickle, which can run code when it is loaded, found nothing",
             )
-        if is_directory(checkpoint):
+        if is_path(checkpoint):
             if revision is not None and revision != "wrong":
                 self.add(
                     (*path, "revision"),
@@ -698,14 +454,14 @@ class _Checker:
             self.add(
                 (*path, "export"),
                 f"a model of task `{task}` is not exported, which those of "
-                f"{_or((*TASKS, *ONNX_TASKS))} are; leave `export` out",
+                f"{either((*TASKS, *ONNX_TASKS))} are; leave `export` out",
             )
             return
         for i, scheme in enumerate(run.get("export", ())):
             if scheme not in schemes:
                 self.add(
                     (*path, "export", i),
-                    f"expected one of the run's `schemes` ({_or(map(str, schemes))})",
+                    f"expected one of the run's `schemes` ({either(map(str, schemes))})",
                     scheme,
                     [str(name) for name in schemes],
                 )
@@ -726,7 +482,7 @@ class _Checker:
         # Where the section itself is missing, that is the problem to tell.
         if isinstance(name, str) and name not in names and (names or section in self.data):
             self.add(
-                path, f"expected the name of an entry of `{section}` ({_or(names)})", name, names
+                path, f"expected the name of an entry of `{section}` ({either(names)})", name, names
             )
 
     def _check_samples(self, path: Path_, run: Part) -> None:
@@ -758,7 +514,7 @@ class _Checker:
                 words = get_args(models.Modality)
                 self.add(
                     (*path, "modality"),
-                    f"expected {_or(words)}, as `{task}` is not looked into, found nothing",
+                    f"expected {either(words)}, as `{task}` is not looked into, found nothing",
                 )
                 return
             allowed: Iterable[str] = get_args(models.Modality)
@@ -768,7 +524,7 @@ class _Checker:
         if modality not in allowed:
             self.add(
                 (*path, "modality"),
-                f"expected {_or(allowed)}, what a model with `task: {task}` takes",
+                f"expected {either(allowed)}, what a model with `task: {task}` takes",
                 modality,
             )
             return
@@ -776,8 +532,8 @@ class _Checker:
         if methods is not None and run.get("method") not in (None, *methods):
             self.add(
                 (*path, "method"),
-                f"expected {_or(methods)}, because a model with `task: {task}` has no one output "
-                "distribution",
+                f"expected {either(methods)}, because a model with `task: {task}` has no one "
+                "output distribution",
                 run["method"],
             )
         source = self.part("datasets", run.get("dataset")).get("source")
@@ -818,7 +574,7 @@ class _Checker:
                     f"expected a class in a module that Python finds from {Path.cwd()}",
                     task,
                 )
-            if name in used["models"] and isinstance(checkpoint, str) and is_directory(checkpoint):
+            if name in used["models"] and isinstance(checkpoint, str) and is_path(checkpoint):
                 folder = not is_pickle(checkpoint)
                 self._check_file(("models", name, "checkpoint"), checkpoint, folder=folder)
         for name, dataset in self.items("datasets"):
@@ -846,7 +602,7 @@ class _Checker:
                 self.add(
                     (*path, "fetch", "annotations"),
                     "expected the address of a zip, because COCO has annotations of "
-                    f"{_or(COCO_SPLITS)} alone",
+                    f"{either(COCO_SPLITS)} alone",
                     dataset.split,
                 )
             return
@@ -881,89 +637,9 @@ class _Checker:
         return there
 
 
-def is_directory(checkpoint: str) -> bool:
-    """Return whether a model's ``checkpoint`` means a path on this machine, not a hub id."""
-    return (
-        checkpoint.startswith((".", "/", "~")) or is_pickle(checkpoint) or Path(checkpoint).is_dir()
-    )
-
-
-# --- words ---------------------------------------------------------------------------------------
-
-
-class _Any:
-    """A found value that is shown even if it is None."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
 def _format_words(scheme: Part) -> list[Any]:
     """Return all formats that a scheme names."""
     words = list(scheme.get("quant_formats", ()))
     for space in scheme.get("search_spaces", ()):
         words += space["quant_formats"] if space else ()
     return words
-
-
-def _key_path(path: Path_) -> str:
-    """Return ``runs."a.b".schemes[0]`` for a path; names with a dot are quoted."""
-    text = ""
-    for key in path:
-        if isinstance(key, int):
-            text += f"[{key}]"
-        else:
-            name = str(key)
-            text += ("." if text else "") + (f'"{name}"' if "." in name else name)
-    return text or "the whole"
-
-
-def _found(value: Any) -> str:
-    """Return a short rendering of a value, as YAML shows it."""
-    if isinstance(value, _Any):
-        value = value.value
-    if value is None:
-        return "nothing"
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list | tuple):
-        return "a list"
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, str):
-        text = json.dumps(value, ensure_ascii=False)
-        return text if len(text) <= 80 else text[:77] + '…"'
-    return f"`{value}`"
-
-
-def _or(words: Iterable[str]) -> str:
-    """Return words as `a`, `b` or `c`."""
-    quoted = [f"`{word}`" for word in words]
-    return " or ".join(filter(None, [", ".join(quoted[:-1]), *quoted[-1:]]))
-
-
-def _expected(kind: str, context: Mapping[str, Any], message: str) -> str:
-    """Return what pydantic expected, in our own words."""
-    words = {
-        "string_type": "text (put it in quotes)",
-        "int_type": "a whole number",
-        "float_type": "a number",
-        "bool_type": "true or false",
-        "bool_parsing": "true or false",
-        "list_type": "a list",
-        "dict_type": "a mapping",
-        "model_type": "a mapping",
-        "model_attributes_type": "a mapping",
-        "union_tag_not_found": "a mapping",
-        "finite_number": "a finite number",
-        "greater_than": "more than {gt:g}",
-        "greater_than_equal": "at least {ge:g}",
-        "less_than": "less than {lt:g}",
-        "less_than_equal": "at most {le:g}",
-        "string_too_short": "some text",
-        "too_short": "at least {min_length} entry",
-        "string_pattern_mismatch": "a name of letters, digits, dots, underscores and hyphens",
-    }
-    if kind in words:
-        return f"expected {words[kind].format(**context)}"
-    return message[:1].lower() + message[1:]

@@ -17,6 +17,7 @@ sys.path.insert(0, str(WORKFLOW.resolve()))
 from layersense import failures, job_resources, paths, settings
 from layersense.calibration import build
 from layersense.calibration.database import USER_VERSION as DATABASE_VERSION
+from layersense.config_file import read_config_file
 from layersense.errors import LayersenseError
 from layersense.export.store import EXPORT_VERSION
 from layersense.files import canonical_json, check_writable
@@ -28,7 +29,7 @@ from layersense.quantization.formats import registry
 from layersense.recipes.frontier import FRONTIER_VERSION
 from layersense.recipes.quant_config import QUANT_CONFIG_VERSION
 from layersense.verification.store import VERIFICATION_TABLE_VERSION
-from layersense.validation import check_gpus, load_config, read_config_file
+from layersense.validation import check_gpus, load_config
 
 CONFIG_FILES = [
     str(file) for file in (workflow.overwrite_configfiles or workflow.configfiles)

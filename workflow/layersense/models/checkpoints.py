@@ -273,6 +273,13 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     write_record(path, checkpoint)
 
 
+def is_path(checkpoint: str) -> bool:
+    """Return whether a model's ``checkpoint`` means a path on this machine, not a hub id."""
+    return (
+        checkpoint.startswith((".", "/", "~")) or is_pickle(checkpoint) or Path(checkpoint).is_dir()
+    )
+
+
 def is_pickle(checkpoint: str) -> bool:
     """Return whether a model's ``checkpoint`` is a pickled file of ultralytics."""
     return checkpoint.endswith(".pt") and not Path(checkpoint).expanduser().is_dir()
@@ -302,10 +309,7 @@ def as_pickle(name: str, model: Model) -> Path | None:
 
 def _as_directory(checkpoint: str) -> Path | None:
     """Return the directory that ``checkpoint`` names, or None if it is a hub id."""
-    path = Path(checkpoint).expanduser()
-    if checkpoint.startswith((".", "/", "~")) or path.is_dir():
-        return path
-    return None
+    return Path(checkpoint).expanduser() if is_path(checkpoint) else None
 
 
 def _fetch(name: str, hub_id: str, revision: str | None, remote_code: bool) -> Path:
