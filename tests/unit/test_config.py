@@ -146,6 +146,10 @@ def test_a_valid_config_is_accepted_with_its_defaults() -> None:
         ("schemes/fp8/search_spaces", [{"layers": ["a"], "quant_formats": [4]}],
          "schemes.fp8.search_spaces[0].quant_formats[0]: expected text (put it in quotes), found "
          "`4`"),
+        ("runs/demo.a/export", [3],
+         'runs."demo.a".export[0]: expected text (put it in quotes), found `3`'),
+        ("runs/demo.a", {"model": "demo", "dataset": "sample", "schemes": "fp8", "export": ["fp8"]},
+         'runs."demo.a".schemes: expected a list (`[fp8]`), found "fp8"'),
         ("runs/demo.a/verify", {3: 4}, 'runs."demo.a".verify[3]: keys should be strings, found '
          "`3`"),
         ("models/llm/trust_remote_code", True, "models.llm.revision: expected a commit of "

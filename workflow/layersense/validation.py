@@ -392,34 +392,46 @@ class _Checker(Problems):
         least, most = run.get("min_pixels"), run.get("max_pixels")
         if least is not None and most is not None and least > most:
             self.add((*path, "min_pixels"), f"expected at most `max_pixels`, {most}", least)
-        if run.get("device") == "cpu" and run.get("gpus", 1) > 1:
-            self.add((*path, "gpus"), "expected 1 under `device: cpu`", run["gpus"])
-        task = self.part("models", run.get("model")).get("task")
         for scheme in seen:
-            cache = self.part("schemes", scheme).get("kv_cache")
-            if not isinstance(cache, str) or cache not in KV_CACHES:
-                continue
-            if task in TASK_MODALITIES and task not in CACHE_TASKS:
-                self.add(
-                    ("schemes", scheme, "kv_cache"),
-                    f"expected `none`, because a model with `task: {task}` (run `{name}`) keeps no "
-                    "keys and values",
-                    cache,
-                )
-            elif run.get("device") == "cpu" and needs_cuda(cache):
-                self.add(
-                    (*path, "device"),
-                    f"expected `cuda`: ModelOpt has no CPU code for `kv_cache: {cache}` (scheme "
-                    f"`{scheme}`)",
-                )
+            self._check_cache(name, run, scheme)
         if run.get("device") == "cpu":
-            for scheme in seen:
-                for word in _format_words(self.part("schemes", scheme)):
-                    if isinstance(word, str) and (format := self.resolved.get(word)):
-                        try:
-                            check_device(format, "cpu")
-                        except LayersenseError as error:
-                            self.add((*path, "device"), f"{error} (scheme `{scheme}`)")
+            self._check_cpu(path, run, seen)
+
+    def _task(self, run: Part) -> Any:
+        """Return the task of a run's model; None if it has none that can be looked at."""
+        model = self.part("models", run.get("model"))
+        demo = model.get("source") == "demo"
+        return models.DemoModel(source="demo").task if demo else model.get("task")
+
+    def _check_cache(self, name: str, run: Part, scheme: str) -> None:
+        """Check that a run's model and device can have the key-value cache of a scheme."""
+        cache, task = self.part("schemes", scheme).get("kv_cache"), self._task(run)
+        if not isinstance(cache, str) or cache not in KV_CACHES:
+            return
+        if task in TASK_MODALITIES and task not in CACHE_TASKS:
+            self.add(
+                ("schemes", scheme, "kv_cache"),
+                f"expected `none`, because a model with `task: {task}` (run `{name}`) keeps no "
+                "keys and values",
+                cache,
+            )
+        elif run.get("device") == "cpu" and needs_cuda(cache):
+            self.add(
+                ("runs", name, "device"),
+                f"expected `cuda`: ModelOpt has no CPU code for `kv_cache: {cache}` (scheme "
+                f"`{scheme}`)",
+            )
+
+    def _check_cpu(self, path: Path_, run: Part, schemes: Iterable[str]) -> None:
+        if run.get("gpus", 1) > 1:
+            self.add((*path, "gpus"), "expected 1 under `device: cpu`", run["gpus"])
+        for scheme in schemes:
+            for word in _format_words(self.part("schemes", scheme)):
+                if isinstance(word, str) and (format := self.resolved.get(word)):
+                    try:
+                        check_device(format, "cpu")
+                    except LayersenseError as error:
+                        self.add((*path, "device"), f"{error} (scheme `{scheme}`)")
 
     def _check_verify(self, path: Path_, run: Part) -> None:
         if run.get("verify") is None:
@@ -432,9 +444,7 @@ class _Checker(Problems):
                 "`verify` out",
             )
         if (run["verify"] or {}).get("captions"):
-            model = self.part("models", run.get("model"))
-            demo = model.get("source") == "demo"
-            task = "image-text-to-text" if demo else model.get("task")
+            task = self._task(run)
             texts = run.get("modality") == "text" or dataset.get("source") == "text"
             if isinstance(task, str) and (
                 (task in TASK_MODALITIES and task != "image-text-to-text") or texts
@@ -447,9 +457,9 @@ class _Checker(Problems):
                 )
 
     def _check_export(self, path: Path_, run: Part) -> None:
-        schemes = run.get("schemes", ())
-        model = self.part("models", run.get("model"))
-        task = model.get("task", TASKS[1] if model.get("source") == "demo" else None)
+        if "schemes" not in run:  # nothing is known of what may be exported
+            return
+        schemes, task = run["schemes"], self._task(run)
         if run.get("export") and task is not None and not menu(task):
             self.add(
                 (*path, "export"),
@@ -458,6 +468,8 @@ class _Checker(Problems):
             )
             return
         for i, scheme in enumerate(run.get("export", ())):
+            if not isinstance(scheme, str):
+                continue
             if scheme not in schemes:
                 self.add(
                     (*path, "export", i),
@@ -503,11 +515,8 @@ class _Checker(Problems):
             limit("score_samples", used, "the calibration rows that the run uses")
 
     def _check_modality(self, path: Path_, run: Part) -> None:
-        model = self.part("models", run.get("model"))
-        if (*path, "modality") in self.bad or not model:
-            return
-        task = "image-text-to-text" if model.get("source") == "demo" else model.get("task")
-        if not isinstance(task, str):
+        task = self._task(run)
+        if (*path, "modality") in self.bad or not isinstance(task, str):
             return
         if task not in TASK_MODALITIES:
             if is_outside(task) and run["modality"] is None:
