@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from layersense.errors import LayersenseError
-from layersense.reports.result import Result, make_result
+from layersense.reports.result import Result, make_result, values_of
 
 DECADES = 4
 """Below the largest score of a result by which a cell of its strip is as dark as can be."""
@@ -52,7 +52,7 @@ def read_results(sensitivity: Path) -> Iterator[Result]:
 
 def _by_result(table: pa.Table) -> Iterator[pa.Table]:
     """Yield the parts of a table that have one run and scheme, in their order."""
-    keys = list(zip(*(table.column(name).to_pylist() for name in KEY), strict=True))
+    keys = list(zip(*(values_of(table.column(name)) for name in KEY), strict=True))
     starts = [row for row in range(len(keys)) if row == 0 or keys[row] != keys[row - 1]]
     for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
         yield table.slice(start, end - start)

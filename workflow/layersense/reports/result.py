@@ -397,7 +397,7 @@ def make_result(table: pa.Table, path: Path) -> Result:
             f"{path}: was written by another version of layersense ({error}); delete it and run "
             "`snakemake` again"
         ) from error
-    columns = {name: table.column(name).to_pylist() for name in table.schema.names}
+    columns = {name: values_of(table.column(name)) for name in table.schema.names}
     first = {name: columns[name][0] for name in ("run", "scheme", "model", "dataset")}
     groups, bits = _groups(columns)
     return Result(
@@ -427,6 +427,18 @@ def read_table(path: Path, **options: Any) -> pa.Table:
             f"{path}: cannot be read as a table of layersense ({error}); delete it and run "
             "`snakemake` again if the workflow wrote it, else name the right file"
         ) from error
+
+
+def values_of(column: pa.ChunkedArray) -> list[Any]:
+    """Return a column's values; those of a dictionary are made once, not for each row."""
+    if not pa.types.is_dictionary(column.type):
+        values: list[Any] = column.to_pylist()
+        return values
+    found: list[Any] = []
+    for chunk in column.chunks:
+        distinct = chunk.dictionary.to_pylist()
+        found += [None if code is None else distinct[code] for code in chunk.indices.to_pylist()]
+    return found
 
 
 def tail(layer: str) -> str:
