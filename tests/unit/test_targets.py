@@ -22,7 +22,7 @@ from layersense.recipes.decide import build_manifest
 from layersense.recipes.frontier import frontier_table
 from layersense.recipes.menu import Menu
 from layersense.recipes.targets import TARGETS, deployment, reads, runtimes
-from layersense.reports.markdown import target_text
+from layersense.reports.sentences import target_text
 from layersense.reports.text import number
 
 FP8, INT8, INT4 = sf.FORMATS

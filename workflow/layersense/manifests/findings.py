@@ -11,7 +11,14 @@ from functools import cached_property
 from typing import Any
 
 from layersense.manifests.codes import Code
-from layersense.manifests.schema import SUFFIX, Finding, LayerSensitivity, Manifest, plain_name
+from layersense.manifests.schema import (
+    SUFFIX,
+    Finding,
+    LayerSensitivity,
+    Manifest,
+    gravest_first,
+    plain_name,
+)
 from layersense.manifests.stability import Stability, ranking_stability
 from layersense.quantization.extensions import RETRY
 from layersense.quantization.formats import NONE, bits_of_shape
@@ -61,9 +68,7 @@ class Evidence:
 
 def find(evidence: Evidence) -> list[Finding]:
     """Return all findings, the most severe first, otherwise in the order of the detectors."""
-    order = {"error": 0, "warning": 1, "info": 2}
-    found = [finding for detect in DETECTORS for finding in detect(evidence)]
-    return sorted(found, key=lambda finding: order[finding.severity])
+    return gravest_first(finding for detect in DETECTORS for finding in detect(evidence))
 
 
 def not_finite(evidence: Evidence) -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """The manifest of one scheme: a superset of the how-to's JSON (no torch)."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
@@ -176,6 +177,12 @@ class Finding(msgspec.Struct, kw_only=True):
     """The module names it concerns, suffix stripped."""
     formats: list[str] = []
     """The formats it concerns; empty where it concerns none in particular."""
+
+
+def gravest_first(findings: Iterable[Finding]) -> list[Finding]:
+    """Return findings, the most severe first, otherwise in their order."""
+    order = {"error": 0, "warning": 1, "info": 2}
+    return sorted(findings, key=lambda finding: order[finding.severity])
 
 
 class FormatRun(msgspec.Struct, kw_only=True):

@@ -21,18 +21,6 @@ from layersense.reports.charts import (
     datasets,
 )
 from layersense.reports.figures import write_figures
-from layersense.reports.markdown import (
-    all_findings,
-    budget_text,
-    checkpoint_text,
-    denominator_text,
-    finding_counts,
-    proof_text,
-    score_text,
-    score_unit,
-    target_text,
-    trust,
-)
 from layersense.reports.measured import Measured, Rows, read_measured
 from layersense.reports.page import pack, render_page
 from layersense.reports.result import (
@@ -43,6 +31,20 @@ from layersense.reports.result import (
     named_baselines,
     read_frontier,
     read_result,
+)
+from layersense.reports.sentences import (
+    SEVERITIES,
+    all_findings,
+    budget_text,
+    checkpoint_text,
+    denominator_text,
+    environment_rows,
+    finding_counts,
+    proof_text,
+    score_text,
+    score_unit,
+    target_text,
+    trust,
 )
 from layersense.reports.tables import FILES, data_table
 from layersense.reports.text import plain, short_format
@@ -55,7 +57,6 @@ SCATTER = "measured"
 """Chart that only what was measured has."""
 FIGURELESS = (SCATTER, BLOCKS)
 """Charts of the page that its job writes no figure of."""
-SEVERITIES = {"error": "Error", "warning": "Warning", "info": "Note"}
 
 
 def write_page(
@@ -237,18 +238,7 @@ def _unreached(result: Result) -> dict[str, Any] | None:
 
 def _provenance(result: Result) -> list[tuple[str, str]]:
     """Return versions and hardware, each once where all formats agree."""
-    if result.about is None:
-        return []
-    rows: list[tuple[str, str]] = []
-    entries = result.about.environment
-    for key in dict.fromkeys(key for entry in entries.values() for key in entry):
-        values: dict[str, list[str]] = {}
-        for name, entry in entries.items():
-            values.setdefault(plain(entry.get(key, "unknown")), []).append(name)
-        for value, names in values.items():
-            where = "" if len(values) == 1 else f" ({', '.join(map(short_format, names))})"
-            rows.append((f"{key}{where}", value))
-    return rows
+    return environment_rows(result.about.environment, short_format) if result.about else []
 
 
 def _table(result: Result) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from layersense import config, paths
 from layersense.files import atomic_write
 from layersense.reports.charts import SCHEME, VEGA_LITE
 from layersense.reports.compare import changed_label, compare, profile
-from layersense.reports.markdown import finding_counts
 from layersense.reports.overview import DECADES, heat, most_sensitive, read_results
 from layersense.reports.page import render_page
 from layersense.reports.result import Result, read_table
+from layersense.reports.sentences import finding_counts
 from layersense.reports.tables import FILES, data_table
 from layersense.reports.text import bits, plain, short_format, size
 

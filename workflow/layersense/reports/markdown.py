@@ -1,7 +1,7 @@
 """Markdown reports: one for each scheme, and the page that shows them side by side."""
 
 import posixpath
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,41 +13,44 @@ from layersense.files import atomic_write
 from layersense.manifests.read import read_own_manifest
 from layersense.manifests.schema import (
     SUFFIX,
-    AutoQuantizeState,
-    Budget,
-    Finding,
     FormatRun,
     Manifest,
-    Scheme,
     plain_name,
 )
 from layersense.quantization.formats import NONE
-from layersense.recipes.targets import TARGETS
 from layersense.reports.compare import Profile, compare, profile
 from layersense.reports.measured import Measured, read_measured
 from layersense.reports.overview import heat, most_sensitive, read_results, text_strip
 from layersense.reports.result import (
     Group,
     Result,
-    Score,
     named_baselines,
     read_result,
     read_table,
 )
+from layersense.reports.sentences import (
+    all_findings,
+    budget_text,
+    checkpoint_text,
+    denominator_text,
+    environment_rows,
+    finding_counts,
+    proof_text,
+    score_text,
+    score_unit,
+    target_text,
+    trust,
+)
 from layersense.reports.text import (
     Markdown,
-    bits,
     code,
-    count,
     escape,
     join,
     number,
     plain,
     render,
-    size,
 )
 
-SEVERITIES = ["error", "warning", "info"]
 MAX_FORMAT_COLUMNS = 4
 """Formats that get a column of their own in the table of all groups."""
 MAX_LAYERS = 6
@@ -56,10 +59,6 @@ STRIP_CELLS = 32
 """Cells of the strip along depth at most."""
 MAX_COMPARED = 10
 """Results of one model up to which the summary compares any two."""
-MANY_TIMES = 10
-"""Ratio of two damages from which on it is told as such, and not in per cent."""
-PROVEN = 1e-6
-"""Gap below which a choice is called the best."""
 MAX_POINTS = 7
 """Points of the frontier that the report shows, beside the knee, the choice and the baselines."""
 FRONTIER_COLUMNS = [
@@ -242,34 +241,6 @@ def _pairs(
     ]
 
 
-def score_text(entry: Score) -> str:
-    """Return a score with its standard error, or what there is in its place."""
-    if entry.state in ("not reached", "not finite"):
-        return entry.state
-    doubt = f" ± {number(entry.error)}" if entry.error else ""
-    return f"{number(entry.score)}{doubt}"
-
-
-def score_unit(modality: str | None) -> str:
-    """Return what a score is divided by, in the singular."""
-    return "token" if modality in ("text", "text_pair", "image_text") else "sample"
-
-
-def all_findings(own: Sequence[Finding], measured: Measured | None) -> list[Finding]:
-    """Return what was found of the scores and by verification, the most severe first."""
-    found = [*own, *(measured.findings if measured else ())]
-    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
-
-
-def trust(severities: Sequence[str]) -> str:
-    """Return in one sentence, without its full stop, whether findings speak against a result."""
-    if "error" in severities:
-        return "Do not use this result before its errors are understood"
-    if "warning" in severities:
-        return "Read the warnings before you rely on it"
-    return "Nothing that speaks against these numbers was detected"
-
-
 def _group_row(result: Result, group: Group) -> dict[str, Any]:
     return {
         "group": group,
@@ -295,71 +266,6 @@ def _recipe(result: Result) -> Markdown:
         f"Quantize {total.quantized} of {total.groups} layer groups ({join(parts)}) "
         f"and leave {total.groups - total.quantized} unquantized"
     )
-
-
-def budget_text(budget: Budget) -> str:
-    """Return the budget as asked."""
-    if budget.kind == "bits":
-        return f"{bits(budget.limit)} bits"
-    return f"{number(budget.limit)} {budget.unit}"
-
-
-def proof_text(state: AutoQuantizeState) -> str:
-    """Return how much better another choice could be at most."""
-    more = f" by more than {number(100 * state.gap)} %" if state.gap >= PROVEN else ""
-    return f"No other choice within this budget is predicted to do better{more}."
-
-
-def checkpoint_text(state: AutoQuantizeState) -> str:
-    """Return what the choice makes of the whole checkpoint."""
-    before, after = size(state.checkpoint_bytes_before), size(state.checkpoint_bytes)
-    return f"The whole checkpoint, with what was never searched, goes from {before} to {after}."
-
-
-def denominator_text(
-    state: AutoQuantizeState, scheme: Scheme, quote: Callable[[str], str] = str
-) -> Markdown | None:
-    """Return which weights the bits average over; None where they are all that was searched.
-
-    Args:
-        state: the choice.
-        scheme: what was asked.
-        quote: how patterns of names are written.
-    """
-    weights = state.budget.counted_weights
-    if weights is None:
-        return None
-    parts = []
-    if scheme.cost_excluded:
-        names = join([Markdown(quote(name)) for name in scheme.cost_excluded])
-        parts.append(f"layers that match {names} do not count")
-    if scheme.active_expert_ratio is not None:
-        parts.append(f"routed experts count by {number(scheme.active_expert_ratio)}")
-    return Markdown(
-        f"The bits asked for are an average over {count(int(weights))} weights, of which the "
-        f"choice takes {bits(state.budget.used)}: {', and '.join(parts)}."
-    )
-
-
-def target_text(state: AutoQuantizeState) -> str | None:
-    """Return what the scheme's target asks for and what it costs; None without one."""
-    found = state.deployment
-    if found is None:
-        return None
-    title = TARGETS[found.target].title if found.target in TARGETS else found.target
-    parts = [f"{found.barred} groups may take fewer formats"] if found.barred else []
-    if found.fused:
-        parts.append(f"{sum(map(len, found.fused))} groups are loaded as {len(found.fused)}")
-    if len(found.together) > 1:
-        parts.append(f"the formats fall into {len(found.together)} sets that do not mix")
-    extra = state.minimized - found.minimized_without
-    price = f"adds {number(extra)} to the damage" if extra > 0 else "adds no damage"
-    if extra > 0 and found.minimized_without:
-        ratio = state.minimized / found.minimized_without
-        rise = f"+{100 * (ratio - 1):.3g} %" if ratio < MANY_TIMES else f"{number(ratio)} times it"
-        price += f" ({rise})"
-    asks = f" ({'; '.join(parts)})" if parts else ""
-    return f"Every recipe here can be loaded by {title}{asks}, which {price} at this budget."
 
 
 def _recipes(frontier: list[dict[str, Any]], formats: Collection[str]) -> list[dict[str, Any]]:
@@ -409,34 +315,10 @@ def _finding(finding: Any) -> dict[str, Any]:
     return {**msgspec.structs.asdict(finding), "names": names}
 
 
-def finding_counts(errors: int | None, warnings: int | None, infos: int | None) -> str:
-    """Return ``2 warnings, 1 note``; ``–`` where findings were never looked for."""
-    if errors is None or warnings is None or infos is None:
-        return "–"
-    parts = [
-        f"{number} {word}{'' if number == 1 else 's'}"
-        for number, word in ((errors, "error"), (warnings, "warning"), (infos, "note"))
-        if number
-    ]
-    return ", ".join(parts) or "none"
-
-
 def _provenance(manifest: Manifest) -> dict[str, Any]:
     """Return versions and machine, said once where all formats agree, and each format's run."""
-    keys = list(dict.fromkeys(key for entry in manifest.environment.values() for key in entry))
-    environment = []
-    for key in keys:
-        values: dict[str, list[str]] = {}
-        for name, entry in manifest.environment.items():
-            values.setdefault(entry.get(key, "unknown"), []).append(name)
-        if len(values) == 1:
-            environment.append((key, next(iter(values))))
-        else:
-            environment.extend(
-                (f"{key} ({', '.join(names)})", value) for value, names in values.items()
-            )
     return {
-        "environment": environment,
+        "environment": environment_rows(manifest.environment),
         "formats": [_run(name, entry) for name, entry in manifest.run.items()],
     }
 

@@ -18,10 +18,10 @@ from layersense.manifests.read import read_manifest
 from layersense.manifests.schema import Finding
 from layersense.manifests.tables import layers_table
 from layersense.reports.compare import Comparison, changed_label, compare, profile
-from layersense.reports.markdown import all_findings, score_text, trust
 from layersense.reports.measured import Measured, read_measured
 from layersense.reports.result import Group as LayerGroup
 from layersense.reports.result import Result, Score, make_result, read_result
+from layersense.reports.sentences import SEVERITIES, all_findings, score_text, trust
 from layersense.reports.text import bits, number, percent, plain, short_format, size
 
 Sort = Literal["score", "damage-per-mb"]
@@ -30,7 +30,6 @@ DIFFERENT = 3
 WIDE = 120
 """Columns from which on a terminal has room for everything."""
 STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
-SEVERITIES = {"error": "Error", "warning": "Warning", "info": "Note"}
 
 
 def find_result(name: str) -> Result:
