@@ -271,6 +271,41 @@ def test_a_misspelt_section_is_one_fault_and_not_those_of_all_who_name_its_entri
     assert [line.partition(":")[0] for line in problems(data)] == ["schemes", "scheme"]
 
 
+@pytest.mark.parametrize(
+    ("there", "lacks", "task"),
+    [
+        ("instances", "captions", "causal-lm"),
+        ("instances", "captions", "image-text-to-text"),
+        ("captions", "instances", "object-detection"),
+        ("captions", "instances", "image-classification"),
+    ],
+)
+def test_a_file_of_coco_that_a_task_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str, lacks: str, task: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("coco/train2017", "coco/annotations"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / f"coco/annotations/{there}_train2017.json").touch()
+    data = valid()
+    data["datasets"]["coco"] = {"source": "coco", "root": "coco"}
+    data["models"]["other"] = {"checkpoint": "owner/name", "task": task}
+    data["runs"]["other.coco"] = {"model": "other", "dataset": "coco", "schemes": ["fp8"]}
+    file = tmp_path / f"coco/annotations/{lacks}_train2017.json"
+    assert problems(data, check_files=True) == [
+        f'runs."other.coco".dataset: dataset `coco` has no {lacks}, which a model with `task: '
+        f"{task}` takes: {file} is not there; name the file by `{lacks}` of the dataset, or take "
+        "another dataset"
+    ]
+    load_config({**data, "frozen": True}, "c.yaml")
+    data["datasets"]["coco"]["fetch"] = {}
+    load_config(data, "c.yaml")
+    data["datasets"]["coco"]["fetch"] = None
+    data["datasets"]["coco"][lacks] = "mine.json"
+    (tmp_path / "mine.json").touch()
+    load_config(data, "c.yaml")
+
+
 def test_missing_sections_are_all_named() -> None:
     assert [line.split(":")[0] for line in problems({})] == [
         "datasets", "models", "schemes", "runs",

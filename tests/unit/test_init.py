@@ -177,6 +177,12 @@ def test_captions_and_instances_of_one_split_are_one_dataset() -> None:
     assert (len(records.boxes), len(records.captions)) == (10, 10)
 
 
+def test_boxes_alone_are_no_data_for_a_model_of_words() -> None:
+    listing(Path("data") / "annotations.json", Path("data") / "images")
+    with pytest.raises(LayersenseError, match="dataset `data` has no captions"):
+        write_config(checkpoint(LLM), Path("data"), device="cpu")
+
+
 def test_several_files_of_coco_are_a_question() -> None:
     for split in ("train", "valid"):
         listing(Path("data") / split / "_annotations.coco.json", Path("data") / split)

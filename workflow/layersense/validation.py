@@ -52,6 +52,15 @@ _LACKING: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 """Modality → source of data that cannot have it → what it has, and what to do."""
+_COCO_FILE = {
+    "image_text": "captions",
+    "text": "captions",
+    "text_pair": "captions",
+    "image_labels": "instances",
+    "image_boxes": "instances",
+    "image_masks": "instances",
+}
+"""Modality → which of COCO's files it needs."""
 SECTIONS = ("datasets", "models", "formats", "schemes", "runs", "manifests")
 """Sections that map names to entries."""
 
@@ -549,6 +558,34 @@ class _Checker(Problems):
         if source in _LACKING.get(modality, {}):
             lack, fix = _LACKING[modality][source]
             self.add((*path, "modality"), f"dataset `{run['dataset']}` holds {lack}; {fix}")
+        elif source == "coco" and task in TASK_MODALITIES and self.check_files:
+            kind = _COCO_FILE[modality]
+            if (missing := self._missing_coco_file(run["dataset"], kind)) is not None:
+                self.add(
+                    (*path, "dataset"),
+                    f"dataset `{run['dataset']}` has no {kind}, which a model with `task: {task}` "
+                    f"takes: {missing} is not there; name the file by `{kind}` of the dataset, or "
+                    "take another dataset",
+                )
+
+    def _missing_coco_file(self, name: str, kind: str) -> Path | None:
+        """Return where a dataset's captions or instances would be, if there are none."""
+        wrong = any(found[:2] == ("datasets", name) for found in self.bad)
+        if wrong or self.frozen:
+            return None
+        dataset = models.CocoDataset.model_validate(self.part("datasets", name))
+        root = Path(dataset.root).expanduser()
+        if dataset.fetch is not None or not root.is_dir():
+            return None  # it comes, or that is told of where the dataset stands
+        try:
+            captions, instances, _ = coco_files(dataset)
+        except LayersenseError:
+            return None
+        if (captions is None) is (instances is None):
+            return None
+        found = captions if kind == "captions" else instances
+        there = root.absolute() / "annotations" / f"{kind}_{dataset.split}.json"
+        return there if found is None else None
 
     # --- files ---
 
