@@ -306,6 +306,21 @@ def test_a_file_of_coco_that_a_task_needs(
     load_config(data, "c.yaml")
 
 
+def test_inputs_of_rules_have_no_braces(tmp_path: Path) -> None:
+    file = tmp_path / "{old}.json"
+    file.touch()
+    data = valid()
+    data["manifests"] = {"old": {"file": str(file)}}
+    del data["schemes"]["fp8"]["effective_bits"]
+    data["schemes"]["fp8"]["cost_table"] = {"file": str(file), "at_most": 1.0}
+    lines = problems(data, check_files=True)
+    assert [line.split(":")[0] for line in lines] == [
+        "manifests.old.file",
+        "schemes.fp8.cost_table.file",
+    ]
+    assert all("takes braces for wildcards; rename the file" in line for line in lines)
+
+
 def test_missing_sections_are_all_named() -> None:
     assert [line.split(":")[0] for line in problems({})] == [
         "datasets", "models", "schemes", "runs",

@@ -145,6 +145,25 @@ def test_from_another_folder_and_as_a_module_of_another_workflow(
     assert "fix: set `calibration` to at most" in failed.output
 
 
+def test_own_files_are_inputs_unless_snakemake_took_their_names_for_wildcards(
+    project: Project, tmp_path: Path
+) -> None:
+    config = default_config(project)
+    for name in ("plain $(no) * [x]?", "braces {run} {x}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t.jsonl").touch()
+        config["datasets"][name.split()[0]] = {
+            "source": "text",
+            "file": f"{tmp_path}/{name}/t.jsonl",
+        }
+    for name in ("plain", "braces"):
+        run = {"model": "demo", "dataset": name, "modality": "text", "device": "cpu"}
+        config["runs"][name] = {**run, "schemes": ["fp8_language"]}
+    jobs = dag_of(project, config, tmp_path)
+    assert jobs["dataset/plain"]["input"] == f"{tmp_path}/plain $(no) * [x]?/t.jsonl"
+    assert "input" not in jobs["dataset/braces"]
+
+
 def test_each_run_on_gpus_asks_for_them(project: Project, tmp_path: Path) -> None:
     config = default_config(project)
     config["runs"]["demo.captions"]["device"] = "cuda"

@@ -590,12 +590,20 @@ class _Checker(Problems):
     # --- files ---
 
     def _check_files(self) -> None:
-        for name, manifest in self.items("manifests"):
-            self._check_file(("manifests", name, "file"), manifest.get("file"))
-        for name, scheme in self.items("schemes"):
-            table = scheme.get("cost_table")
-            if isinstance(table, dict):
-                self._check_file(("schemes", name, "cost_table", "file"), table.get("file"))
+        inputs = [
+            *(
+                (("manifests", name, "file"), manifest.get("file"))
+                for name, manifest in self.items("manifests")
+            ),
+            *(
+                (("schemes", name, "cost_table", "file"), scheme["cost_table"].get("file"))
+                for name, scheme in self.items("schemes")
+                if isinstance(scheme.get("cost_table"), dict)
+            ),
+        ]
+        for path, file in inputs:
+            if self._check_file(path, file) and "{" in file:
+                self.add(path, "Snakemake takes braces for wildcards; rename the file", file)
         if not self.frozen:  # which measures nothing, maybe far from data and checkpoints
             self._check_measured_files()
 

@@ -175,14 +175,20 @@ def listed_in(wildcards):
     dataset = CONFIG.datasets[wildcards.dataset]
     if getattr(dataset, "fetch", None) is not None:
         return [paths.fetched(wildcards.dataset)]
-    return [str(file) for file in build.source_files(dataset)]
+    return tracked(build.source_files(dataset))
 
 
 def checkpoint_files(wildcards):
     """Return the files of a model's checkpoint, if it lies on this machine."""
-    return [
-        str(file) for file in checkpoints.source_files(CONFIG.models[wildcards.model])
-    ]
+    return tracked(checkpoints.source_files(CONFIG.models[wildcards.model]))
+
+
+def tracked(files):
+    """Return the user's files that can be inputs: Snakemake takes braces for wildcards.
+
+    Of one that cannot be, an edit goes unnoticed.
+    """
+    return [str(file) for file in files if "{" not in str(file)]
 
 
 def connections(wildcards):
