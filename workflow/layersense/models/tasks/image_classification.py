@@ -13,8 +13,8 @@ from torch.nn import functional
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
 from layersense.models.loading import load_image_processor
+from layersense.models.tasks.batches import CACHE_BYTES, LazyBatches
 from layersense.models.tasks.images import (
-    CACHE_BYTES,
     Resizer,
     classes_by_name,
     find_class,
@@ -31,7 +31,6 @@ from layersense.models.tasks.protocol import (
     Sampling,
     check_modality,
 )
-from layersense.models.tasks.tokens import LazyBatches
 
 if TYPE_CHECKING:
     from layersense.calibration.database import Row

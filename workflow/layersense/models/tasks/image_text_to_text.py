@@ -15,6 +15,7 @@ from layersense.calibration.sampling import Unit
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
 from layersense.models.loading import first_line, load_model, load_processor
+from layersense.models.tasks.batches import CACHE_BYTES, LazyBatches
 from layersense.models.tasks.metrics import CiderD, TopChoice
 from layersense.models.tasks.protocol import (
     IGNORED,
@@ -26,7 +27,6 @@ from layersense.models.tasks.protocol import (
     check_modality,
 )
 from layersense.models.tasks.tokens import (
-    LazyBatches,
     count_supervised,
     pad_right,
     summed_cross_entropy,
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from layersense.calibration.database import Row
     from layersense.quantization.layers import LayerName
 
-CACHE_BYTES = 2**31
-"""How much of the prepared samples stays in memory between passes over the data."""
 MOST_WRITTEN = 32
 """Tokens that a model may write for a photograph."""
 _CAPTION = "a caption of layersense"

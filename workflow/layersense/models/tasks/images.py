@@ -15,16 +15,13 @@ from layersense.calibration.images import open_image
 from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint, read_config
 from layersense.models.loading import load_model
+from layersense.models.tasks.batches import CACHE_BYTES, LazyBatches
 from layersense.models.tasks.protocol import Batch
-from layersense.models.tasks.tokens import LazyBatches
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from layersense.calibration.database import Row
-
-CACHE_BYTES = 2**31
-"""How much of the prepared samples stays in memory between passes over the data."""
 
 _OTHER_NAMES = {
     "aeroplane": "airplane",

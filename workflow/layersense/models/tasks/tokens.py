@@ -1,7 +1,7 @@
 """What the tasks that predict the next token share."""
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from layersense.errors import LayersenseError
 from layersense.models.checkpoints import Checkpoint
 from layersense.models.loading import load_model, load_tokenizer
 from layersense.models.tasks.protocol import IGNORED, Batch, Loaded, Sampling
-
-SampleT = TypeVar("SampleT")
-
 
 NEEDED = {
     "eos_token": "end token, which joins the texts",
@@ -83,63 +80,6 @@ def summed_cross_entropy(output: Any, batch: Batch) -> Tensor:
 def count_supervised(labels: Tensor) -> int:
     """Return how many labels, shape (B, T), enter the loss: the first position never does."""
     return int((labels[:, 1:] != IGNORED).sum())
-
-
-class LazyBatches(Sequence[Batch], Generic[SampleT]):
-    """Batches that are put together when they are asked for.
-
-    Every row is prepared once at the start, so that a bad row is told before any scoring. What
-    fits into ``cache_bytes`` is kept, the rest is prepared anew whenever it is read.
-
-    Args:
-        n_rows: how many rows there are.
-        batch_size: samples of a batch.
-        prepare: makes a sample of a row.
-        size: bytes of a sample.
-        collate: makes a batch of samples.
-        cache_bytes: how much is kept of what nobody has kept before.
-        kept: where samples are kept, by ``key`` of the row; other batches may share it.
-        key: what determines a row's sample; its index, if nothing is shared.
-    """
-
-    def __init__(
-        self,
-        n_rows: int,
-        batch_size: int,
-        *,
-        prepare: Callable[[int], SampleT],
-        size: Callable[[SampleT], int],
-        collate: Callable[[Sequence[SampleT]], Batch],
-        cache_bytes: int,
-        kept: dict[Hashable, SampleT] | None = None,
-        key: Callable[[int], Hashable] = int,
-    ) -> None:
-        self._n_rows, self._batch_size = n_rows, batch_size
-        self._prepare, self._collate, self._key = prepare, collate, key
-        self._kept = {} if kept is None else kept
-        for index in range(n_rows):
-            if key(index) in self._kept:
-                continue
-            sample = prepare(index)
-            cache_bytes -= size(sample)
-            if cache_bytes >= 0:
-                self._kept[key(index)] = sample
-
-    def __len__(self) -> int:
-        """Return the number of batches."""
-        return -(-self._n_rows // self._batch_size)
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return one batch, or the batches of a slice."""
-        if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
-        rows = range(self._n_rows)[position * self._batch_size :][: self._batch_size]
-        return self._collate([self._sample(row) for row in rows])
-
-    def _sample(self, row: int) -> SampleT:
-        sample = self._kept.get(self._key(row))
-        return self._prepare(row) if sample is None else sample
 
 
 def pad_right(tensors: Sequence[Tensor], value: int) -> Tensor:
