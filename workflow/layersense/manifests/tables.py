@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -224,14 +225,7 @@ def write_sensitivity(tables: Sequence[str | Path], out: str | Path) -> None:
 
 def _layers_of(tables: Sequence[str | Path]) -> Iterator[pa.Table]:
     for path in tables:
-        try:
-            file = pq.ParquetFile(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise LayersenseError(
-                f"{path}: cannot be read as a Parquet table ({error}); delete it and run "
-                "`snakemake` again"
-            ) from error
-        with file:
+        with readable(path), pq.ParquetFile(path) as file:
             if not file.schema_arrow.equals(LAYERS):
                 raise LayersenseError(
                     f"{path}: has other columns than this layersense writes; delete it and "
@@ -258,6 +252,22 @@ def write_runs(manifests: Sequence[str | Path], out: str | Path) -> None:
     table = runs_table(read_manifest(path) for path in manifests)
     with atomic_path(out) as temporary, _writer(temporary, RUNS) as writer:
         writer.write_table(table)
+
+
+@contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """Say in one sentence what a damaged table raises while it is read.
+
+    Raises:
+        LayersenseError: it cannot be read.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
+        raise LayersenseError(
+            f"{path}: cannot be read as a table of layersense ({' '.join(str(error).split())}); "
+            "delete it and run `snakemake` again if the workflow wrote it, else name the right file"
+        ) from error
 
 
 def read_units(path: str | Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from layersense.errors import LayersenseError
+from layersense.manifests.tables import readable
 from layersense.reports.result import Result, make_result, values_of
 
 DECADES = 4
@@ -28,14 +28,7 @@ def read_results(sensitivity: Path) -> Iterator[Result]:
     Raises:
         LayersenseError: it cannot be read.
     """
-    try:
-        file = pq.ParquetFile(sensitivity)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise LayersenseError(
-            f"{sensitivity}: cannot be read as a table of layersense ({error}); delete it and run "
-            "`snakemake` again"
-        ) from error
-    with file:
+    with readable(sensitivity), pq.ParquetFile(sensitivity) as file:
         begun: pa.Table | None = None
         for index in range(file.num_row_groups):
             for part in _by_result(file.read_row_group(index)):

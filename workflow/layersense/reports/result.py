@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from layersense.errors import LayersenseError
 from layersense.files import BROKEN_JSON
 from layersense.manifests.about import ABOUT_KEY, About
-from layersense.manifests.tables import BYTES_PER_COST, LAYERS
+from layersense.manifests.tables import BYTES_PER_COST, LAYERS, readable
 from layersense.quantization.formats import NONE
 from layersense.reports.text import plain
 
@@ -365,7 +365,8 @@ def read_result(path: Path) -> Result:
     Raises:
         LayersenseError: it is missing, or no such table.
     """
-    return make_result(read_table(path), path)
+    with readable(path):
+        return make_result(read_table(path), path)
 
 
 def make_result(table: pa.Table, path: Path) -> Result:
@@ -420,13 +421,8 @@ def read_table(path: Path, **options: Any) -> pa.Table:
     Raises:
         LayersenseError: it cannot be read.
     """
-    try:
+    with readable(path):
         return pq.read_table(path, **options)
-    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
-        raise LayersenseError(
-            f"{path}: cannot be read as a table of layersense ({error}); delete it and run "
-            "`snakemake` again if the workflow wrote it, else name the right file"
-        ) from error
 
 
 def values_of(column: pa.ChunkedArray) -> list[Any]:
