@@ -23,6 +23,7 @@ from layersense.manifests.read import (
     validate_manifest,
 )
 from layersense.manifests.tables import layers_table, runs_table
+from layersense.reports.terminal import find_result
 
 QKV = "model.layers.0.self_attn.q_proj.quant_recipe"
 NONE = "NONE(effective-bits: 16.0)"
@@ -481,6 +482,7 @@ def test_a_state_that_holds_itself_many_times_over_is_read_once(tmp_path: Path) 
         state = {"candidate_stats": stats, "best": {"constraints": {"x": many}}}
         archive.writestr("state/data.pkl", pickle.dumps(state))
     assert [group.layer for group in import_manifest(path).groups] == ["a"]
+    assert [group.layer for group in find_result(str(path)).groups] == ["a"]
 
 
 def test_a_state_that_modelopt_saved(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from layersense import paths
 from layersense.errors import LayersenseError
+from layersense.manifests.modelopt_state import SUFFIXES
 from layersense.manifests.read import read_manifest
 from layersense.manifests.schema import Finding
 from layersense.manifests.tables import layers_table
@@ -51,12 +52,13 @@ def find_result(name: str) -> Result:
     if place.is_dir():
         found = [place / "layers.parquet", place / "manifest.json"]
         place = next((file for file in found if file.exists()), place)
-    if not place.is_file() or place.suffix not in (".json", ".parquet"):
+    manifests = (".json", *SUFFIXES)
+    if not place.is_file() or place.suffix not in (*manifests, ".parquet"):
         raise LayersenseError(
             f"{name}: is no result; give run/scheme, a folder with layers.parquet, that file "
             "itself or a manifest (`layersense show` completes what is in results/)"
         )
-    if place.suffix == ".json":
+    if place.suffix in manifests:
         return make_result(layers_table(read_manifest(place)), place)
     return read_result(place)
 
