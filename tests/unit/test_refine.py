@@ -242,6 +242,7 @@ def test_the_refined_manifest_and_the_words(tmp_path):
         ((1.0, 1.0, 1.0), None, "Measured damage of single groups gives the very same recipe."),
         ((1.0, 1.0, 1.0), (0.9, 0.8, 0.95), "comes to 0.9 times (0.8 to 0.95) its KL on the h"),
         ((1.2, 1.1, 1.3), (1.0, 1.0, 1.0), "gives; none of 6 measured recipes is better than that"),
+        ((0.7, 0.6, 0.9), (0.7, 0.6, 0.9), "; none of 6 measured recipes is better than the sch"),
     ],
 )  # fmt: skip
 def test_what_measuring_won_is_told_in_words(own, refined, words):

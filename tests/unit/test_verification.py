@@ -762,3 +762,25 @@ def test_a_killed_measurement_goes_on_where_it_was(llama, tmp_path, monkeypatch)
     # What another measurement left is not taken up.
     other = measurer(llama)
     assert other.measure(singles, recipes, InProgress(file, "other", Completed)) == expected
+
+
+def test_the_report_says_what_a_quantized_cache_does(tmp_path, repository):
+    from result_files import write_result, write_verification
+
+    from layersense.reports.markdown import write_report
+
+    place = write_result(tmp_path, kv_cache="fp8")
+    write_report(
+        place / "manifest.json",
+        place / "layers.parquet",
+        place / "frontier.parquet",
+        config.Report(),
+        repository / "workflow/templates/layer-sensitivity-report.md.j2",
+        tmp_path / "report.md",
+        write_verification(place),
+    )
+    text = (tmp_path / "report.md").read_text()
+    assert "which no score predicts: alone it has a KL of 0.50" in text
+    # Measured damage gives the scheme's own recipe here, which no half of the rows chose.
+    assert "| solved from measured damage |" in text
+    assert "numbers here are too good" not in text

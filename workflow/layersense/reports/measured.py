@@ -137,9 +137,25 @@ class Measured:
         return _with_interval(value, low, high, percent, _percentage)
 
     @property
+    def cache_note(self) -> str | None:
+        """Say what the key-value cache does; None where it stays as it is."""
+        row = next((row for row in self.recipes if row["role"] == "cache"), None)
+        if row is None:
+            return None
+        return (
+            f"Every recipe here has the key-value cache quantized, too, which no score predicts: "
+            f"alone it has a KL of {self.kl(row['kl'])}."
+        )
+
+    @property
     def tuned_note(self) -> str | None:
         """Say which recipes half of these rows chose; None if there are none."""
-        names = [row["label"] for row in self.recipes if row["role"] in TUNED]
+        own = self.chosen["recipe_digest"] if self.chosen else None
+        names = [
+            row["label"]
+            for row in self.recipes
+            if row["role"] in TUNED and row["recipe_digest"] != own
+        ]
         if not names:
             return None
         judged = " The sentence above judges by the other half." if self.verdict.betterment else ""

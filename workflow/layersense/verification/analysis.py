@@ -133,12 +133,17 @@ class Betterment(msgspec.Struct, kw_only=True):
                 f"({self.own_ratio_low:.3g} to {self.own_ratio_high:.3g}) that of the recipe which "
                 "measured damage of single groups gives"
             ]
+        refined = (self.refined_ratio, self.refined_ratio_low, self.refined_ratio_high)
+        start = {
+            (1, 1, 1): "that",
+            (self.own_ratio, self.own_ratio_low, self.own_ratio_high): "the scheme's own",
+        }
         if self.refined_ratio is None:
             pass
-        elif self.refined_ratio_low == self.refined_ratio == self.refined_ratio_high == 1:
+        elif refined in start:
             parts.append(
-                f"none of {self.measured} measured recipes is better than that beyond the noise "
-                "of the rows"
+                f"none of {self.measured} measured recipes is better than {start[refined]} beyond "
+                "the noise of the rows"
             )
         else:
             where = f" its KL on {half}" if solved_is_own else ""

@@ -66,6 +66,8 @@ def apply_recipe(
             with atomic_path(out) as temporary:
                 mto.save(model, temporary)
     parts = ", ".join(f"{len(part.modules)} modules {part.format}" for part in config.parts)
+    if config.kv_cache is not None:
+        parts += f"{', ' if parts else ''}key-value cache {config.kv_cache.format}"
     saved = f", saved as {out}" if out else ""
     return f"{config.model}: {parts or 'nothing quantized'}; all as the recipe says{saved}"
 
