@@ -127,6 +127,13 @@ def test_a_budget_in_gb_is_told_in_gb(tmp_path, templates):
     text = report(tmp_path, templates, quant_formats=[FP8], effective_bits=None, size_gb=0.0008)
     assert "(at most 0.000800 GB asked" in " ".join(text.split())
     assert "goes from 1.60 MB to" in " ".join(text.split())
+    ((header, *rows),) = tables(text)["Other budgets"]
+    used = {row[0]: row[header.index("GB")] for row in rows}
+    assert float(used["**mix, at most 0.0008 GB**"]) <= 0.0008
+    everywhere = (400_000 - 320_256) * 4 + 320_256
+    assert float(used[f"{FP8} everywhere"]) == pytest.approx(everywhere / 1e9, rel=5e-3)
+    ((header, *_),) = tables(report(tmp_path, templates, run="bits"))["Other budgets"]
+    assert "GB" not in header
 
 
 def test_choices_within_the_noise_are_named(tmp_path, templates):

@@ -31,6 +31,7 @@ from layersense.reports.result import (
 from layersense.reports.sentences import (
     all_findings,
     budget_text,
+    budget_unit,
     checkpoint_text,
     denominator_text,
     environment_rows,
@@ -62,7 +63,7 @@ MAX_COMPARED = 10
 MAX_POINTS = 7
 """Points of the frontier that the report shows, beside the knee, the choice and the baselines."""
 FRONTIER_COLUMNS = [
-    "kind", "label", "point", "effective_bits", "searched_bytes", "predicted_damage",
+    "kind", "label", "point", "effective_bits", "searched_bytes", "budget_used", "predicted_damage",
     "damage_low", "damage_high", "minimized", "lower_bound", "gap", "knee", "recipe_digest",
 ]  # fmt: skip
 """What it reads of them: not the recipes themselves."""
@@ -165,6 +166,7 @@ def report_context(
         ],
         "per": score_unit(result.modality),
         "budget": budget_text(manifest.autoquant_state.budget),
+        "unit": budget_unit(manifest.autoquant_state.budget),
         "proof": proof_text(manifest.autoquant_state),
         "checkpoint": checkpoint_text(manifest.autoquant_state),
         "denominator": denominator_text(manifest.autoquant_state, manifest.scheme, code),

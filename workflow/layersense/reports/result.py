@@ -299,6 +299,8 @@ class Point:
     label: str
     bits: float
     bytes: float
+    used: float
+    """What it takes of the scheme's budget, in its unit."""
     damage: float
     low: float
     high: float
@@ -339,6 +341,7 @@ def read_frontier(path: Path) -> Frontier:
                 label=plain(row["label"]),
                 bits=row["effective_bits"],
                 bytes=row["searched_bytes"],
+                used=row["budget_used"],
                 damage=row["predicted_damage"],
                 low=row["damage_low"] if row["damage_low"] is not None else row["predicted_damage"],
                 high=row["damage_high"]

@@ -68,6 +68,11 @@ def budget_text(budget: Budget) -> str:
     return f"{number(budget.limit)} {budget.unit}"
 
 
+def budget_unit(budget: Budget) -> str | None:
+    """Return the heading of what recipes take of the budget; None where their bits say it."""
+    return None if budget.kind == "bits" else budget.unit
+
+
 def proof_text(state: AutoQuantizeState) -> str:
     """Return how much better another choice could be at most."""
     more = f" by more than {number(100 * state.gap)} %" if state.gap >= PROVEN else ""
