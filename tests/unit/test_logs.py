@@ -32,6 +32,9 @@ def probe(how: str) -> None:
             time.sleep(60)
         finally:
             print("cleaned", flush=True)
+    if how == "hub":
+        from huggingface_hub.utils import logging as theirs
+        theirs.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s")
     if how == "hungry":
         block = b'x' * (200 * 2**20)
         logger.info("allocated")
@@ -52,6 +55,14 @@ def call(how: str, log: Path | None) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=60,
     )
+
+
+def test_what_the_hub_library_says_is_said_once(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "a.log"
+    assert call("hub", log).stderr.count("Retrying in 1s") == 1
+    assert [line["message"] for line in lines(log) if line["event"] == "message"] == [
+        "Retrying in 1s"
+    ]
 
 
 def lines(log: Path) -> list[dict[str, Any]]:

@@ -113,6 +113,9 @@ def open_job_log() -> JobLog:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )
+    # It prints its lines by a handler of its own, and hands them on.
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda record: not record.name.startswith("huggingface_hub"))
     # Addresses of downloads are signed: who reads the log could download too.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     text_log = os.environ.pop(VARIABLE, None)  # not inherited: it is this process's own
