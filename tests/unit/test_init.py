@@ -240,6 +240,7 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
         ({"a.csv": "image,caption\n"}, "line 1 has the columns"),
         ({"a.jsonl": "[]\n"}, "line 1 is no JSON object"),
         ({"a.jsonl": '{"text": "one"}\n'}, "too few"),
+        ({"a.json": '["one", "two"]'}, "found none of these"),
     ],
 )
 def test_unusable_data(files: dict[str, str], expected: str) -> None:
@@ -249,6 +250,19 @@ def test_unusable_data(files: dict[str, str], expected: str) -> None:
     with pytest.raises(LayersenseError, match=expected):
         write_config(checkpoint(), Path("data"), device="cpu")
     assert not Path("config").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('["one", "two"]', "is not a COCO file.*texts go into a .jsonl file"),
+        ('{"images": [], "annotations": []}', "lists no images or no annotations"),
+    ],
+)
+def test_json_that_is_no_listing(content: str, expected: str) -> None:
+    Path("texts.json").write_text(content)
+    with pytest.raises(LayersenseError, match=expected):
+        write_config(checkpoint(), Path("texts.json"), device="cpu")
 
 
 def test_a_missing_folder() -> None:
