@@ -221,6 +221,15 @@ def test_what_was_imported_is_found_by_its_name(tmp_path, monkeypatch):
     assert list(known_results("el")) == ["elder"]
 
 
+def test_a_run_alone_means_its_scheme_or_names_them(tmp_path, monkeypatch):
+    rf.write_result(tmp_path / "results", scheme="a")
+    monkeypatch.chdir(tmp_path)
+    assert find_result("demo").scheme == "a"
+    rf.write_result(tmp_path / "results", scheme="b")
+    with pytest.raises(LayersenseError, match=r"demo/: has the schemes a, b; name one, as demo/a$"):
+        find_result("demo/")
+
+
 def test_a_file_of_ones_own_is_not_to_be_deleted(tmp_path):
     mine = tmp_path / "my-model.yaml"
     mine.write_text("datasets: {}\n")

@@ -244,8 +244,8 @@ def _coco_file(file: Path, root: Path | None = None) -> _Data:
         listing = _read_listing(file)
     except LayersenseError as error:
         raise LayersenseError(
-            f"{error}, or, if it was never meant as one: texts go into a .jsonl file, an object with "
-            "`text` in each line"
+            f"{error}, or, if it was never meant as one: texts go into a .jsonl file, an object "
+            "with `text` in each line"
         ) from error
     if not listing.images or not listing.annotations:
         raise LayersenseError(f"{file}: lists no images or no annotations; name another file")

@@ -36,7 +36,8 @@ STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 def find_result(name: str) -> Result:
     """Read a result by its folder, its table, its manifest, or as ``run/scheme``.
 
-    What was imported is found by its name in the config, with or without its scheme.
+    What was imported is found by its name in the config, with or without its scheme, and a run of
+    one scheme by its own name.
 
     Raises:
         LayersenseError: there is none, or it cannot be read.
@@ -52,6 +53,14 @@ def find_result(name: str) -> Result:
     if place.is_dir():
         found = [place / "layers.parquet", place / "manifest.json"]
         place = next((file for file in found if file.exists()), place)
+        schemes = sorted(file.parent.name for file in place.glob("*/layers.parquet"))
+        if len(schemes) > 1:
+            raise LayersenseError(
+                f"{name}: has the schemes {', '.join(schemes)}; name one, as "
+                f"{name.rstrip('/')}/{schemes[0]}"
+            )
+        if schemes:
+            place = place / schemes[0] / "layers.parquet"
     manifests = (".json", *SUFFIXES)
     if not place.is_file() or place.suffix not in (*manifests, ".parquet"):
         raise LayersenseError(
