@@ -316,8 +316,8 @@ def test_a_pickle_of_ultralytics_needs_consent(tmp_path: Path) -> None:
         as_pickle("m", CheckpointModel(**keys))
     assert as_pickle("m", CheckpointModel(**keys, trust_remote_code=True)) == pickled
     assert as_pickle("m", llama(checkpoint=str(tmp_path))) is None
-    with pytest.raises(LayersenseError, match="is not on this machine yet"):
-        peek("m", CheckpointModel(**keys, trust_remote_code=True))
+    with pytest.raises(LayersenseError, match=r"is not on this machine yet.*--configfile c\.yaml`"):
+        peek("m", CheckpointModel(**keys, trust_remote_code=True), Path("c.yaml"))
 
 
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", "a/b", 3])

@@ -618,7 +618,9 @@ def estimate(
         record = Path(paths.model(run.model))
         try:
             model = config.models[run.model]
-            checkpoint = read_checkpoint(record) if record.exists() else peek(run.model, model)
+            checkpoint = (
+                read_checkpoint(record) if record.exists() else peek(run.model, model, configfile)
+            )
             found = estimate_run(
                 name,
                 settings.score_settings(config, name),

@@ -85,8 +85,13 @@ def resolve(name: str, model: Model, built: Path | None = None) -> Checkpoint:
     return inspect(folder, id=model.checkpoint, revision=folder.name, model=model)
 
 
-def peek(name: str, model: Model) -> Checkpoint:
+def peek(name: str, model: Model, configfile: Path) -> Checkpoint:
     """Return what a directory's checkpoint is without reading its weights; its digest is empty.
+
+    Args:
+        name: the model's name in the config.
+        model: its entry in the config.
+        configfile: the config, for the command in the error message.
 
     Raises:
         LayersenseError: it is no directory, or cannot be used.
@@ -97,7 +102,7 @@ def peek(name: str, model: Model) -> Checkpoint:
     if folder is None:
         raise LayersenseError(
             f"models.{name}: is not on this machine yet; run `snakemake "
-            f"{paths.model(name)} --cores 1`"
+            f"{paths.model(name)} --cores 1 --configfile {configfile}`"
         )
     return inspect(folder, id=str(folder), revision=None, model=model, hashed=False)
 
@@ -260,11 +265,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         return msgspec.json.decode(Path(path).read_bytes(), type=Checkpoint)
     except FileNotFoundError as error:
-        raise LayersenseError(f"{path}: there is no such file; run `snakemake {path}`") from error
+        raise LayersenseError(
+            f"{path}: there is no such file; run `snakemake {path}` with the config of its model"
+        ) from error
     except BROKEN_JSON as error:
         raise LayersenseError(
-            f"{path}: is not a model record of layersense ({error}); delete it and run "
-            f"`snakemake {path}`"
+            f"{path}: is not a model record of layersense ({error}); delete it and run the same "
+            "command again"
         ) from error
 
 
