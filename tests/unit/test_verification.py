@@ -639,7 +639,11 @@ def test_recipes_are_compared_within_the_budget_that_the_scheme_has(tmp_path):
 
 def test_the_file_round_trips(tmp_path):
     from layersense.manifests.schema import encode_manifest
-    from layersense.verification.store import read_verification, write_verification
+    from layersense.verification.store import (
+        context_digest,
+        read_verification,
+        write_verification,
+    )
     from layersense.verification.table import write_verification_table
 
     manifest = decide()
@@ -647,11 +651,21 @@ def test_the_file_round_trips(tmp_path):
     found = measured([manifest], OPTIONS)
     write_verification(tmp_path / "v.json", found)
     assert read_verification(tmp_path / "v.json") == found
+    settings = {"verify": OPTIONS.model_dump(mode="json"), "measured": {"heldout_samples": 4}}
     for name in ("one", "two"):
         write_verification_table(
-            [tmp_path / "m.json"], tmp_path / "v.json", OPTIONS, tmp_path / name
+            [tmp_path / "m.json"], tmp_path / "v.json", settings, tmp_path / name
         )
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    # It was measured under other settings, until it was not.
+    (stale,) = read_summary(tmp_path / "one").findings
+    assert (stale.code, stale.severity) == ("verified-with-other-settings", "warning")
+    found.before.digest = context_digest(
+        settings["measured"], manifest.model.digest, manifest.dataset.digest
+    )
+    write_verification(tmp_path / "v.json", found)
+    write_verification_table([tmp_path / "m.json"], tmp_path / "v.json", settings, tmp_path / "one")
+    assert read_summary(tmp_path / "one").findings == []
     assert pq.read_table(tmp_path / "one").num_rows > 20
     (tmp_path / "v.json").write_text("{}")
     with pytest.raises(LayersenseError, match="is not a verification file of layersense"):

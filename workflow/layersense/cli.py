@@ -282,10 +282,9 @@ def verification(
     out: Out,
 ) -> None:
     """Write the table of what was measured against what was predicted."""
-    from layersense.config import Verify
     from layersense.verification.table import write_verification_table
 
-    write_verification_table(manifests, measured, Verify.model_validate(settings), out)
+    write_verification_table(manifests, measured, settings, out)
 
 
 @app.command(rich_help_panel=RULES)

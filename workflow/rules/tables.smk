@@ -111,7 +111,7 @@ rule verification:
     conda:
         environment("report")
     params:
-        settings=slice_of(settings.verify_options, "run"),
+        settings=slice_of(settings.verify_settings, "run"),
         version=f"verification-{VERIFICATION_TABLE_VERSION}",
     shell:
         PYTHON + " -m layersense verification {input.manifests:q}"

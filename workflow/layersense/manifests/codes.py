@@ -60,3 +60,5 @@ class Code(StrEnum):
     """On held-out rows, a recipe makes the model's outputs infinite or no number."""
     DAMAGE_NOT_FINITE = "damage-not-finite"
     """The same of groups that were quantized alone."""
+    VERIFIED_WITH_OTHER_SETTINGS = "verified-with-other-settings"
+    """Under `frozen`, damage that was measured under other settings."""

@@ -30,6 +30,7 @@ from layersense.verification.store import (
     Single,
     Verification,
     by_photograph,
+    context_digest,
     read_verification,
     write_verification,
 )
@@ -78,13 +79,7 @@ def verify_run(
         checkpoint = read_checkpoint(model_file)
         with open_database(database_file) as database:
             data_digest = database.meta["digest"]
-        context = digest_json(
-            {
-                "settings": settings["measured"],
-                "checkpoint": checkpoint.digest,
-                "dataset": data_digest,
-            }
-        )
+        context = context_digest(settings["measured"], checkpoint.digest, data_digest)
         options = config.Verify.model_validate(settings["verify"])
         plan = make_plan(manifests, options)
         wanted = Wanted(plan, manifests, context, captions=options.captions)

@@ -1,13 +1,13 @@
 """``verification.json``: what was measured on the held-out rows (no torch)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import structs
 
-from layersense.files import read_record, write_record
+from layersense.files import digest_json, read_record, write_record
 
 VERIFICATION_VERSION = 1
 """Raised when what is measured changes, which measures everything again."""
@@ -15,7 +15,7 @@ PLAN_VERSION = 2
 """Raised when the plan or the search for better recipes changes: what is new in it is measured."""
 METRICS_VERSION = 3
 """Raised when a task has another metric, which measures whole recipes again and no group alone."""
-VERIFICATION_TABLE_VERSION = 8
+VERIFICATION_TABLE_VERSION = 9
 """Raised when the table or its summary changes for the same measurements."""
 
 
@@ -131,6 +131,17 @@ class Verification(msgspec.Struct, kw_only=True):
     """Of the job that measured last, by phase."""
     peak_memory_bytes: int
     environment: dict[str, str]
+
+
+def context_digest(settings: Mapping[str, Any], model: str, dataset: str) -> str:
+    """Return the digest of all that every measurement of a run depends on.
+
+    Args:
+        settings: ``measured`` of :func:`layersense.settings.verify_settings`.
+        model: digest of the checkpoint.
+        dataset: digest of the calibration database.
+    """
+    return digest_json({"settings": settings, "checkpoint": model, "dataset": dataset})
 
 
 def by_photograph(found: Verification) -> Verification:

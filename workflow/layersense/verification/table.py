@@ -48,6 +48,7 @@ from layersense.verification.store import (
     Damage,
     Verification,
     by_photograph,
+    context_digest,
     read_verification,
 )
 
@@ -126,21 +127,24 @@ first row, of kind ``before``, is the unquantized model."""
 
 
 def write_verification_table(
-    manifest_files: Sequence[Path], measured: Path, options: config.Verify, out: Path
+    manifest_files: Sequence[Path], measured: Path, settings: Mapping[str, Any], out: Path
 ) -> None:
     """Write the table of a run.
 
     Args:
         manifest_files: manifests of the run's schemes.
         measured: its ``verification.json``.
-        options: what was to be verified.
+        settings: what :func:`layersense.settings.verify_settings` returns.
         out: table to write.
 
     Raises:
         LayersenseError: an input cannot be read.
     """
     manifests = [read_own_manifest(path) for path in manifest_files]
-    table = verification_table(manifests, read_verification(measured), options)
+    options = config.Verify.model_validate(settings["verify"])
+    model, dataset = manifests[0].model.digest, manifests[0].dataset.digest
+    context = context_digest(settings["measured"], model, dataset)
+    table = verification_table(manifests, read_verification(measured), options, context)
     with atomic_path(out) as temporary:
         pq.write_table(table, temporary, compression="zstd", use_dictionary=True)
 
@@ -198,11 +202,21 @@ def read_measured_recipes(path: Path) -> MeasuredRecipes:
 
 
 def verification_table(
-    manifests: Sequence[Manifest], found: Verification, options: config.Verify
+    manifests: Sequence[Manifest],
+    found: Verification,
+    options: config.Verify,
+    context: str | None = None,
 ) -> pa.Table:
     """Return the table of a run: columns :data:`VERIFICATION`.
 
-    What is planned and not measured, as under ``frozen``, is left out, and a finding says so.
+    What is planned and not measured, as under ``frozen``, is left out, and a finding says so, as
+    one does where it was measured under other settings.
+
+    Args:
+        manifests: of the run's schemes.
+        found: what was measured.
+        options: what was to be verified.
+        context: digest of what it should depend on; None compares nothing.
     """
     plan = make_plan(manifests, options)
     found = by_photograph(found)
@@ -304,7 +318,12 @@ def verification_table(
             )
             for manifest in manifests
         ],
-        findings=[*_unmeasured(missing), *_broken(rows), *_findings(correlations)],
+        findings=[
+            *_unmeasured(missing),
+            *(_otherwise() if context not in (None, found.before.digest) else ()),
+            *_broken(rows),
+            *_findings(correlations),
+        ],
         heldout_samples=found.heldout_samples,
         positions=sum(found.before.positions),
         exact_reuse=found.exact_reuse,
@@ -678,6 +697,17 @@ def _unmeasured(missing: Sequence[str]) -> Iterator[Finding]:
             why="The results are frozen (frozen: true), so nothing is measured.",
             fix="Run without frozen to measure it.",
         )
+
+
+def _otherwise() -> Iterator[Finding]:
+    yield Finding(
+        code=Code.VERIFIED_WITH_OTHER_SETTINGS,
+        severity="warning",
+        what="The measured damage is that of another model, other rows or another sampling than "
+        "the config asks for.",
+        why="The results are frozen (frozen: true), so nothing is measured again.",
+        fix="Run without frozen to measure it, or take the edit back.",
+    )
 
 
 def _and(names: Sequence[str]) -> str:
