@@ -1,6 +1,7 @@
 """The Parquet tables: columns, numbers by hand, readers, equal bytes."""
 
 import datetime
+import json
 
 import msgspec
 import numpy as np
@@ -18,7 +19,6 @@ from layersense.manifests.schema import encode_manifest
 from layersense.manifests.tables import (
     LAYERS,
     layers_table,
-    read_units,
     write_layers,
     write_runs,
     write_sensitivity,
@@ -129,7 +129,7 @@ def test_unreached_and_unknown_scores_have_no_rank(tmp_path):
 def test_metadata_compression_and_dictionaries(table):
     schema = pq.read_schema(table)
     assert schema.metadata[b"layersense.schema_version"] == b"6"
-    assert set(read_units(table)) <= set(COLUMNS)
+    assert set(json.loads(schema.metadata[b"layersense.units"])) <= set(COLUMNS)
     for field in schema:
         assert not pa.types.is_string(field.type), f"{field.name} is not dictionary-encoded"
     group = pq.ParquetFile(table).metadata.row_group(0)

@@ -1,6 +1,5 @@
 """Tidy Parquet tables of manifests: one scheme, all schemes, all runs."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -268,12 +267,6 @@ def readable(path: str | Path) -> Iterator[None]:
             f"{path}: cannot be read as a table of layersense ({' '.join(str(error).split())}); "
             "delete it and run `snakemake` again if the workflow wrote it, else name the right file"
         ) from error
-
-
-def read_units(path: str | Path) -> dict[str, str]:
-    """Return column → unit of a table that layersense wrote."""
-    units: dict[str, str] = json.loads(pq.read_schema(path).metadata[b"layersense.units"])
-    return units
 
 
 def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
