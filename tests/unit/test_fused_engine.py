@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from layersense.calibration.database import open_database  # noqa: E402
 from layersense.config import OwnFormat, SampleDataset  # noqa: E402
 from layersense.errors import LayersenseError  # noqa: E402
 from layersense.models.tasks import get_task  # noqa: E402
-from layersense.models.tasks.protocol import Sampling  # noqa: E402
+from layersense.models.tasks.protocol import Batch, Sampling  # noqa: E402
 from layersense.quantization.formats import known_formats, resolve_format  # noqa: E402
 from layersense.scoring import fused, modelopt_engine  # noqa: E402
 from layersense.scoring.fused import (  # noqa: E402
@@ -773,6 +774,44 @@ def test_a_batch_whose_samples_are_coupled_is_never_split(
     for entry in entries.values():
         assert entry.fit.micro_batch == 4
         assert entry.fit.formats == 1
+
+
+class Counted(Sequence[Batch]):
+    """Batches that count how often each is put together."""
+
+    def __init__(self, batches: Sequence[Batch], made: Counter[tuple[int, int]]) -> None:
+        self.batches, self.made = batches, made
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int):
+            self.made[self.batches[0].n_samples, index] += 1
+        return self.batches[index]
+
+
+@dataclass
+class Counting(Toy):
+    made: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+    def batches(self, *arguments: Any) -> Any:
+        return Counted(super().batches(*arguments), self.made)
+
+
+def test_each_batch_is_put_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Photographs that do not fit into memory are opened anew whenever their batch is asked for.
+    task = Counting()
+    run_fused(measurement(task, score_batch_size=3, calibration_batch_size=12), FP8)
+    # The first one also tells how much memory a pass will take.
+    assert {place: count for place, count in task.made.items() if place[0] == 3} == {
+        (3, 0): 2, (3, 1): 1, (3, 2): 1
+    }  # fmt: skip
+    out_of_memory_at(monkeypatch, {1})
+    task = Counting()
+    run_fused(measurement(task, score_batch_size=6, calibration_batch_size=12), FP8)
+    halves = {place: count for place, count in task.made.items() if place[0] == 3}
+    assert halves == {(3, 0): 1, (3, 1): 1}  # the last three samples are a batch as they are
 
 
 # --- the check of itself -----------------------------------------------------------------------

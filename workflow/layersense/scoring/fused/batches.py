@@ -1,5 +1,6 @@
 """The scoring batches of any size, and the next one put together while one is in use."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,6 +21,7 @@ class Aligned:
         self._make = make
         self._batches: dict[int, Sequence[Batch]] = {}
         self._starts: dict[int, list[int]] = {}
+        """Size → first sample of each batch, as far as they are known, and of the next one."""
 
     def of(self, size: int) -> Sequence[Batch]:
         """Return all batches of a size."""
@@ -27,20 +29,20 @@ class Aligned:
             self._batches[size], self._starts[size] = self._make(size), [0]
         return self._batches[size]
 
-    def start(self, size: int, index: int) -> int:
-        """Return the first sample of a batch of a size."""
-        batches, starts = self.of(size), self._starts[size]
-        while len(starts) <= index:
-            starts.append(starts[-1] + batches[len(starts) - 1].n_samples)
-        return starts[index]
-
     def at(self, size: int, sample: int) -> Batch:
-        """Return the batch of a size that begins with a sample."""
-        index = 0
-        while self.start(size, index) < sample:
-            index += 1
-        assert self.start(size, index) == sample
-        return self.of(size)[index]
+        """Return the batch of a size that begins with a sample.
+
+        Those of one size that are asked for in turn are each put together once.
+        """
+        batches, starts = self.of(size), self._starts[size]
+        while starts[-1] < sample:
+            starts.append(starts[-1] + batches[len(starts) - 1].n_samples)
+        index = bisect_left(starts, sample)
+        assert starts[index] == sample
+        batch = batches[index]
+        if index == len(starts) - 1:
+            starts.append(sample + batch.n_samples)
+        return batch
 
 
 def prefetched(batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -156,7 +156,7 @@ class _Engine:
     # --- scoring -------------------------------------------------------------------------------
 
     def _score(self) -> _Scored:
-        scored, size = _Scored(), self.measurement.score_batch_size
+        scored, start = _Scored(), 0
         self.passes = [self._first_pass()]
         progress = Progress(
             f"score {len(self.formats)} format(s)",
@@ -169,7 +169,8 @@ class _Engine:
                 scored.seen.append(BatchStatistics.of(batch))
                 timed_batch = min(TIMED_BATCH, len(self.scoring) - 1)
                 self.taps.stopwatch = {} if index == timed_batch else None
-                scored.batches.append(self._score_batch(self.batches.start(size, index), batch))
+                scored.batches.append(self._score_batch(start, batch))
+                start += batch.n_samples
                 if self.taps.stopwatch:
                     self.seconds |= {
                         f"ΔY {name}, one batch": duration
