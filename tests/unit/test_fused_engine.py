@@ -786,8 +786,8 @@ class Counted(Sequence[Batch]):
         return len(self.batches)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, int):
-            self.made[self.batches[0].n_samples, index] += 1
+        assert isinstance(index, int), "all of these would be in memory at once"
+        self.made[self.batches[0].n_samples, index] += 1
         return self.batches[index]
 
 

@@ -45,13 +45,14 @@ class Aligned:
         return batch
 
 
-def prefetched(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """Yield batches; the next one is put together while one is in use."""
+def prefetched(batches: Sequence[Batch], count: int | None = None) -> Iterator[Batch]:
+    """Yield the first ``count`` batches, or all; the next is put together while one is in use."""
+    count = len(batches) if count is None else count
     with ThreadPoolExecutor(max_workers=1) as worker:
-        ahead = worker.submit(batches.__getitem__, 0) if len(batches) else None
-        for index in range(len(batches)):
+        ahead = worker.submit(batches.__getitem__, 0) if count else None
+        for index in range(count):
             assert ahead is not None
             batch = ahead.result()
-            if index + 1 < len(batches):
+            if index + 1 < count:
                 ahead = worker.submit(batches.__getitem__, index + 1)
             yield batch

@@ -136,7 +136,7 @@ class _Engine:
     def _calibrate(self, batches: Sequence[Batch]) -> None:
         def forward(count: int) -> None:
             progress = Progress("calibrate", total=count, unit="batch", device=self.device)
-            for batch in prefetched(batches[:count]):
+            for batch in prefetched(batches, count):
                 self.task.forward(self.model, batch.to(self.device, self.dtype))
                 progress.step()
             progress.close()
