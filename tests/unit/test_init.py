@@ -82,6 +82,19 @@ def test_a_language_model_on_texts() -> None:
     assert config.models["my-checkpoint"].task == "causal-lm"
 
 
+@pytest.mark.parametrize(
+    ("positions", "length"),
+    [({"max_position_embeddings": 64}, 64), ({"n_positions": 256}, 256),
+     ({"max_position_embeddings": 2048}, 512), ({}, 512)],
+)  # fmt: skip
+def test_a_run_is_no_longer_than_the_models_positions(
+    positions: dict[str, int], length: int
+) -> None:
+    write_config(checkpoint({**LLM, **positions}), texts(20), device="cpu")
+    (run,) = written().runs.values()
+    assert run.max_length == length
+
+
 def test_a_vision_language_model_on_texts_is_told_so() -> None:
     write_config(checkpoint(), texts(20), device="cpu")
     (run,) = written().runs.values()

@@ -13,7 +13,7 @@ import msgspec
 import yaml
 
 from layersense.calibration.records import Records
-from layersense.config import DatasetSection
+from layersense.config import DatasetSection, Run
 from layersense.config_docs import REPOSITORY, SCHEMA
 from layersense.errors import LayersenseError
 from layersense.files import atomic_write
@@ -79,6 +79,8 @@ def write_config(
     run: dict[str, Any] = {"model": model, "dataset": found.name, "schemes": ["fp8"]}
     if task == "image-text-to-text" and not found.has_images:
         run["modality"] = "text"
+    if (positions := _few_positions(config, task)) is not None:
+        run["max_length"] = positions
     entry: dict[str, Any] = {"checkpoint": checkpoint, "task": task}
     if directory and not checkpoint.startswith((".", "/", "~")):
         entry["checkpoint"] = f"./{checkpoint}"
@@ -133,6 +135,15 @@ def _checkpoint_config(checkpoint: str) -> tuple[dict[str, Any], bool]:
             "again from the original checkpoint"
         )
     return config, directory
+
+
+def _few_positions(config: dict[str, Any], task: str) -> int | None:
+    """Return the positions of a model that has fewer than a run's default `max_length`."""
+    if task not in ("causal-lm", "seq2seq-lm"):
+        return None
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    default = Run.model_fields["max_length"].default
+    return positions if isinstance(positions, int) and positions < default else None
 
 
 def _fetch_config(hub_id: str) -> Path:
