@@ -8,6 +8,7 @@ import sys
 
 import msgspec
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import tiny_families
@@ -332,6 +333,11 @@ def test_the_card_tells_what_was_measured(llama, tmp_path):
         "(95 %: -13.0 to -8.0) against the unquantized model; word errors 14.2 words." in card
     )
     assert "order by measured KL" not in card
+    rows = pq.read_table(table)
+    pq.write_table(rows.filter(pc.field("kind") != "recipe"), table)
+    llama.export(tmp_path, table)
+    card = (tmp_path / "checkpoint" / "README.md").read_text()
+    assert "Not measured: this recipe is not among those that the run verified." in card
     # A second export writes the card alone: here with a score that predicts nothing.
     ranks = {handle: 10.0 ** (3 * n) for n, handle in enumerate(manifest.layer_sensitivity)}
     scores = {handle: group.scores[0] for handle, group in manifest.layer_sensitivity.items()}

@@ -120,10 +120,13 @@ def _verified(exported: Exported, verification: MeasuredRecipes | None) -> list[
     if verification is None:
         return ["Its damage was not measured; the run has no `verify`."]
     measured = verification.of(exported.recipe_digest)
+    if measured is None and not exported.kept:
+        return ["Not measured: this recipe is not among those that the run verified."]
     if measured is None:
         return [
             "Not measured: what was written is not the scheme's recipe, and was not among those "
-            "verified."
+            "verified. Leave the groups named above out of the scheme (`exclude`): then what is "
+            "verified is what is written."
         ]
     summary, low, high = verification.summary, measured["kl_low"], measured["kl_high"]
     span = "" if low is None else f" (95 %: {low:.3g} to {high:.3g})"

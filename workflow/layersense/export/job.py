@@ -171,7 +171,9 @@ def _export(
     settings = read_settings(manifest)
     recipe = manifest.recipe
     is_onnx = manifest.model.task in ONNX_TASKS
-    _check_space(out.parent, manifest.autoquant_state.checkpoint_bytes)
+    state = manifest.autoquant_state
+    # The weights of an ONNX file stay as they are.
+    _check_space(out.parent, state.checkpoint_bytes_before if is_onnx else state.checkpoint_bytes)
     with leased(settings["device"], gpus), _fresh_folder(out.with_name(PART)) as folder:
         start = time.monotonic()
         import torch
