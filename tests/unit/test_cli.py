@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
 from layersense import __version__
-from layersense.cli import app
+from layersense.cli import _quiet, app
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 HEAVY = ("torch", "torchvision", "transformers", "modelopt", "pandas", "pyarrow", "scipy")
@@ -72,6 +73,17 @@ def test_help_says_first_what_people_call() -> None:
 
 def test_it_says_its_version() -> None:
     assert call("--version").stdout == f"layersense {__version__}\n"
+
+
+def test_a_warning_that_no_reader_can_mend_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "TQDM_DISABLE"):  # what it sets besides is put back
+        monkeypatch.setenv(name, "1")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        _quiet()
+        for text in ("`torch.jit.script` is deprecated. Please switch", "another"):
+            warnings.warn(text, FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["another"]
 
 
 def test_no_argument_shows_help() -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -732,7 +733,9 @@ def diff(
 
 
 def _quiet() -> None:
-    """Keep the network and progress bars out of what loads a model."""
+    """Keep the network, progress bars and a warning of torch out of what loads a model."""
+    # Its own libraries call what it warns of, and nobody who reads a log can change that.
+    warnings.filterwarnings("ignore", message=r"`torch\.jit\.script`", category=FutureWarning)
     # GPU jobs read what was fetched before them; compute nodes often have no network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # ModelOpt's bars would fill a log file; our own lines say the same.
