@@ -77,7 +77,7 @@ def measured(manifests, options, scale=lambda handle, format: 1.0):
         return 2 * entry.scores[index] * scale(handle, format)
 
     return Verification(
-        run="demo",
+        run=manifests[0].run_name,
         heldout_samples=4,
         exact_reuse=True,
         before=Before(

@@ -82,6 +82,7 @@ def site(tmp_path_factory, repository):
         config.Report(),
         templates / "index.html.j2",
         folder / "index.html",
+        [verified],
     )
     (folder / "summary.md").write_text("# x\n")
     return folder

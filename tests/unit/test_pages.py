@@ -35,9 +35,9 @@ from layersense.reports.charts import (
 from layersense.reports.html import write_page, write_scatter
 from layersense.reports.index import index_context, write_index
 from layersense.reports.measured import read_measured
-from layersense.reports.overview import read_results
+from layersense.reports.overview import read_results, read_runs
 from layersense.reports.page import inline_script, pack
-from layersense.reports.result import Result, read_frontier, read_result, read_table, tail
+from layersense.reports.result import Result, read_frontier, read_result, tail
 from layersense.reports.text import size
 from layersense.verification.plan import Role
 
@@ -602,7 +602,7 @@ def test_index_shows_and_compares(tmp_path, render_index):
     assert "3 reports of 2 runs on 1 model" in page.text
     (columns,) = data["table"]["arguments"]["columnDefs"]
     hidden = [data["table"]["columns"][index] for index in columns["targets"]]
-    assert hidden == ["Asked", "Model", "Data", "Method"]  # the same in every row
+    assert hidden == ["Asked", "Model", "Data", "Method", "Measured KL"]  # the same in every row
 
 
 def test_findings_travel_in_the_table_alone(tmp_path, render):
@@ -638,7 +638,7 @@ def test_a_result_may_go_on_in_the_next_row_group(tmp_path):
 def test_imported_results_are_marked_and_lead_nowhere(tmp_path):
     place = rf.write_result(tmp_path)
     rf.write_tables(tmp_path, [place])
-    (row,) = read_table(tmp_path / "runs.parquet").to_pylist()
+    (row,) = read_runs(tmp_path / "runs.parquet", [])
     results = read_results(tmp_path / "sensitivity.parquet")
     context = index_context([{**row, "imported": "g1"}], results, config.Report())
     (entry,) = context["results"]

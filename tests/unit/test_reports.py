@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import result_files as rf
 import score_files as sf
@@ -25,6 +26,7 @@ from layersense.reports.overview import heat, text_strip
 from layersense.reports.result import read_result
 from layersense.reports.text import bits, code, escape, number, percent, render, size
 from layersense.scoring.scores import Layer
+from layersense.verification.table import verification_table
 
 FP8, INT8, INT4 = sf.FORMATS
 REPORT = "layer-sensitivity-report.md.j2"
@@ -423,6 +425,41 @@ def test_many_results_of_a_model_are_left_to_the_page_that_compares(tmp_path, te
     text = (tmp_path / "summary.md").read_text()
     assert len(tables(text)["tiny-vlm"]) == 2
     assert f"These make {count * (count - 1) // 2} pairs" in text
+
+
+def test_what_was_measured_stands_beside_what_is_predicted(tmp_path, templates):
+    """Of a run that is verified, of one whose recipe breaks the model, and of one that is not."""
+    places = [prepare(tmp_path, run=run, scheme="a").parent for run in ("broken", "demo", "plain")]
+    verified = [rf.write_verification(place) for place in places[:2]]
+    manifest = read_own_manifest(places[0] / "manifest.json")
+    found = rf.measured([manifest], rf.VERIFY)
+    for recipe in found.recipes.values():
+        if recipe.recipe == manifest.recipe:
+            recipe.damage.kl[1] = None
+    pq.write_table(verification_table([manifest], found, rf.VERIFY), verified[0])
+    rf.write_tables(tmp_path, places)
+
+    def shown(*tables_of_runs):
+        write_summary(
+            tmp_path / "runs.parquet",
+            tmp_path / "sensitivity.parquet",
+            config.Report(),
+            templates / "summary.md.j2",
+            tmp_path / "summary.md",
+            tables_of_runs,
+        )
+        header, *rows = tables((tmp_path / "summary.md").read_text())["tiny-vlm"][0]
+        return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+    before, after = shown(), shown(*verified)
+    assert {row["KL"] for row in before.values()} == {"–"}
+    assert after["plain"] == before["plain"]
+    (chosen,) = (row for row in pq.read_table(verified[1]).to_pylist() if row["role"] == "scheme")
+    assert after["demo"]["KL"] == number(chosen["kl"])
+    assert after["broken"]["KL"] == "–"
+    assert "error" not in after["demo"]["Findings"]
+    assert before["broken"]["Findings"] == before["demo"]["Findings"]
+    assert after["broken"]["Findings"] == "1 error"
 
 
 def test_strips_keep_zeros_floors_and_the_worst_of_a_cell(tmp_path):

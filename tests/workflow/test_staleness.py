@@ -90,7 +90,7 @@ def test_a_budget_solves_its_scheme_in_its_runs_again(study: Project) -> None:
 
 
 VERIFYING = {
-    *("verify/llm.words", "verification/llm.words"),
+    *("verify/llm.words", "verification/llm.words", "summary", "index"),
     *("report/llm.words/fp8", "page/llm.words/fp8", "scatter/llm.words/fp8"),
 }
 

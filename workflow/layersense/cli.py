@@ -74,6 +74,9 @@ Gpus = Annotated[
 Extensions = Annotated[
     list[Path] | None, typer.Argument(help="What came of building the CUDA extensions.")
 ]
+Verifications = Annotated[
+    list[Path] | None, typer.Argument(help="Table of each verified run's verification.")
+]
 Scripts = Annotated[Path, typer.Option(help="What `layersense scripts` wrote.")]
 
 
@@ -404,12 +407,15 @@ def index(
     settings: Settings,
     template: Template,
     out: Out,
+    verifications: Verifications = None,
 ) -> None:
     """Render the HTML page that shows and compares all runs and schemes."""
     from layersense.config import Report
     from layersense.reports.index import write_index
 
-    write_index(runs, sensitivity, Report.model_validate(settings), template, out)
+    write_index(
+        runs, sensitivity, Report.model_validate(settings), template, out, verifications or ()
+    )
 
 
 @app.command(rich_help_panel=RULES)
@@ -419,12 +425,15 @@ def summary(
     settings: Settings,
     template: Template,
     out: Out,
+    verifications: Verifications = None,
 ) -> None:
     """Render the page that shows all runs and schemes side by side."""
     from layersense.config import Report
     from layersense.reports.markdown import write_summary
 
-    write_summary(runs, sensitivity, Report.model_validate(settings), template, out)
+    write_summary(
+        runs, sensitivity, Report.model_validate(settings), template, out, verifications or ()
+    )
 
 
 @app.command(rich_help_panel=PEOPLE)

@@ -100,6 +100,15 @@ def per_verified_scheme(path):
     ]
 
 
+def verifications():
+    """Return the table of every verified run."""
+    return [
+        paths.verification_table(run)
+        for run, entry in CONFIG.runs.items()
+        if entry.verify
+    ]
+
+
 FIGURES = [
     f"{name}.{kind}"
     for name in ("depth", "heatmap", "frontier")

@@ -145,6 +145,7 @@ rule index:
         **render_inputs("index.html.j2", "page.css", "page.js", "index.js"),
         runs=paths.runs(),
         sensitivity=paths.sensitivity(),
+        verifications=verifications(),
     output:
         report(
             paths.index(),
@@ -163,7 +164,7 @@ rule index:
         settings=slice_of(settings.report_settings),
     shell:
         PYTHON
-        + " -m layersense index --runs {input.runs:q} --sensitivity {input.sensitivity:q}"
+        + " -m layersense index {input.verifications:q} --runs {input.runs:q} --sensitivity {input.sensitivity:q}"
         " --settings {params.settings:q} --template {input.template:q} --out {output:q}"
         " > {log:q} 2>&1"
 
@@ -174,6 +175,7 @@ rule summary:
         **render_inputs("summary.md.j2"),
         runs=paths.runs(),
         sensitivity=paths.sensitivity(),
+        verifications=verifications(),
     output:
         report(
             paths.summary(),
@@ -193,6 +195,6 @@ rule summary:
         settings=slice_of(settings.report_settings),
     shell:
         PYTHON
-        + " -m layersense summary --runs {input.runs:q} --sensitivity {input.sensitivity:q}"
+        + " -m layersense summary {input.verifications:q} --runs {input.runs:q} --sensitivity {input.sensitivity:q}"
         " --settings {params.settings:q} --template {input.template:q} --out {output:q}"
         " > {log:q} 2>&1"

@@ -6,7 +6,6 @@ from typing import Any
 
 from layersense.export.store import Exported
 from layersense.manifests.schema import Manifest
-from layersense.verification.analysis import Verdict
 from layersense.verification.table import MeasuredRecipes
 
 CARD = "README.md"
@@ -64,8 +63,9 @@ def model_card(manifest: Manifest, exported: Exported, verification: MeasuredRec
         lines += ["", "## vLLM", "", *_vllm(exported)]
     found = list(manifest.findings)
     if verification is not None:
-        found += verification.summary.findings_of(manifest.scheme.quant_formats)
-        found += [] if exported.kept else _verdict(exported, verification).findings
+        # The verdict is about the scheme's own recipe.
+        about = None if exported.kept else exported.scheme
+        found += verification.summary.findings_of(manifest.scheme.quant_formats, about)
     lines += ["", "## Findings", ""]
     lines += [f"- **{one.severity}**: {one.what} {one.fix}" for one in found] or ["None."]
     return "\n".join(lines) + "\n"
@@ -140,13 +140,8 @@ def _verified(exported: Exported, verification: MeasuredRecipes | None) -> list[
     if told:
         lines[0] += f" By what the task is judged by: {'; '.join(told)}."
     if not exported.kept:  # what was written is the recipe that the verdict is about
-        lines += ["", _verdict(exported, verification).sentence]
+        lines += ["", summary.verdict_of(exported.scheme).sentence]
     return lines
-
-
-def _verdict(exported: Exported, verification: MeasuredRecipes) -> Verdict:
-    """Return what was found for the scheme that was written."""
-    return next(one for one in verification.summary.verdicts if one.scheme == exported.scheme)
 
 
 def _told(metric: dict[str, Any]) -> str:

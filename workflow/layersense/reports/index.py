@@ -2,7 +2,7 @@
 
 import base64
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -14,9 +14,9 @@ from layersense import config, paths
 from layersense.files import atomic_write
 from layersense.reports.charts import SCHEME, VEGA_LITE
 from layersense.reports.compare import changed_label, compare, profile
-from layersense.reports.overview import DECADES, heat, most_sensitive, read_results
+from layersense.reports.overview import DECADES, heat, most_sensitive, read_results, read_runs
 from layersense.reports.page import render_page
-from layersense.reports.result import Result, read_table
+from layersense.reports.result import Result
 from layersense.reports.sentences import finding_counts
 from layersense.reports.tables import FILES, data_table
 from layersense.reports.text import bits, plain, short_format, size
@@ -26,7 +26,12 @@ CELLS = 96
 
 
 def write_index(
-    runs: Path, sensitivity: Path, report: config.Report, template: Path, out: Path
+    runs: Path,
+    sensitivity: Path,
+    report: config.Report,
+    template: Path,
+    out: Path,
+    verifications: Sequence[Path] = (),
 ) -> None:
     """Render the page that shows all runs and schemes side by side.
 
@@ -36,11 +41,13 @@ def write_index(
         report: how the page should look.
         template: Jinja2 template; its style and scripts lie beside it.
         out: HTML file to write; links are relative to it.
+        verifications: ``verification.parquet`` of each verified run.
 
     Raises:
         LayersenseError: an input cannot be read.
     """
-    context = index_context(read_table(runs).to_pylist(), read_results(sensitivity), report)
+    rows = read_runs(runs, verifications)
+    context = index_context(rows, read_results(sensitivity), report)
     atomic_write(out, render_page(template, context, FILES))
 
 
@@ -50,7 +57,7 @@ def index_context(
     """Return what the template may print.
 
     Args:
-        runs: rows of ``runs.parquet``.
+        runs: rows of :func:`~layersense.reports.overview.read_runs`.
         results: the results of ``sensitivity.parquet``, in any order.
         report: how the page should look.
     """
@@ -149,6 +156,7 @@ def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
             f"{row['groups']}" for row in rows
         ],
         "Predicted damage": [row["predicted_damage"] for row in rows],
+        "Measured KL": [row["kl"] for row in rows],
         "Model": [plain(row["model"] or "unknown") for row in rows],
         "Data": [plain(", ".join(filter(None, (row["dataset"], row["modality"])))) for row in rows],
         "Method": [row["method"] or "–" for row in rows],
@@ -158,8 +166,11 @@ def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
         ],
     }  # fmt: skip
     # What is the same everywhere needs no column on the screen; search and copy have it.
-    same = [name for name in ("Model", "Data", "Method") if len(set(columns[name])) == 1]
-    return data_table(columns, hidden=["Asked", *same], order=[], page=100)
+    hidden = [name for name in ("Model", "Data", "Method") if len(set(columns[name])) == 1]
+    # There is room for one of these.
+    measured = any(kl is not None for kl in columns["Measured KL"])
+    hidden.append("Quantized" if measured else "Measured KL")
+    return data_table(columns, hidden=["Asked", *hidden], order=[], page=100)
 
 
 def _saved(row: dict[str, Any]) -> float | None:

@@ -1,7 +1,7 @@
 """Markdown reports: one for each scheme, and the page that shows them side by side."""
 
 import posixpath
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from layersense.manifests.schema import (
 from layersense.quantization.formats import NONE
 from layersense.reports.compare import Profile, compare, profile
 from layersense.reports.measured import Measured, read_measured
-from layersense.reports.overview import heat, most_sensitive, read_results, text_strip
+from layersense.reports.overview import heat, most_sensitive, read_results, read_runs, text_strip
 from layersense.reports.result import (
     Group,
     Result,
@@ -106,7 +106,12 @@ def write_report(
 
 
 def write_summary(
-    runs_path: Path, sensitivity_path: Path, report: config.Report, template: Path, out: Path
+    runs_path: Path,
+    sensitivity_path: Path,
+    report: config.Report,
+    template: Path,
+    out: Path,
+    verification_paths: Sequence[Path] = (),
 ) -> None:
     """Render the page that shows all runs and schemes side by side.
 
@@ -116,11 +121,12 @@ def write_summary(
         report: how it should look.
         template: Jinja2 template.
         out: Markdown file to write; links are relative to it.
+        verification_paths: ``verification.parquet`` of each verified run.
 
     Raises:
         LayersenseError: an input cannot be read.
     """
-    runs = read_table(runs_path).to_pylist()
+    runs = read_runs(runs_path, verification_paths)
     context = summary_context(runs, read_results(sensitivity_path), report)
     atomic_write(out, render(template, context))
 
@@ -185,7 +191,7 @@ def summary_context(
     """Return what the template of the summary may print.
 
     Args:
-        runs: rows of ``runs.parquet``.
+        runs: rows of :func:`~layersense.reports.overview.read_runs`.
         results: the results of ``sensitivity.parquet``, in any order.
         report: how the summary should look.
     """

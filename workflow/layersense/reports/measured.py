@@ -179,7 +179,7 @@ class Measured:
     @property
     def verdict(self) -> Verdict:
         """What was found for this scheme."""
-        return next(entry for entry in self.summary.verdicts if entry.scheme == self.scheme)
+        return self.summary.verdict_of(self.scheme)
 
     @property
     def correlations(self) -> list[Correlation]:
@@ -200,7 +200,7 @@ class Measured:
     @property
     def findings(self) -> list[Finding]:
         """Of this recipe, and of the run without those about formats that it does not have."""
-        return [*self.verdict.findings, *self.summary.findings_of(self.formats)]
+        return self.summary.findings_of(self.formats, self.scheme)
 
     @property
     def random(self) -> dict[str, Any] | None:

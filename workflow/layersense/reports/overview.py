@@ -1,14 +1,16 @@
 """All results side by side: what ``index.html`` and ``summary.md`` both say of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import log10
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from layersense.manifests.tables import readable
-from layersense.reports.result import Result, make_result, values_of
+from layersense.reports.result import Result, make_result, read_table, values_of
+from layersense.verification.table import read_summary
 
 DECADES = 4
 """Below the largest score of a result by which a cell of its strip is as dark as can be."""
@@ -20,6 +22,38 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 """From low to high."""
 EMPTY = "·"
 """A cell without a score."""
+
+
+_COUNTS = {"error": "errors", "warning": "warnings", "info": "infos"}
+"""Severity of a finding → column of ``runs.parquet`` that counts it."""
+
+
+def read_runs(runs: Path, verifications: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the rows of a ``runs.parquet`` together with what was measured of their recipes.
+
+    Args:
+        runs: the table.
+        verifications: the ``verification.parquet`` of each verified run.
+
+    Returns:
+        Its rows, with ``kl``, of the scheme's recipe on held-out rows, None where it is not
+        measured or not finite; counts of findings hold those of verification.
+
+    Raises:
+        LayersenseError: a table cannot be read.
+    """
+    rows: list[dict[str, Any]] = [{**row, "kl": None} for row in read_table(runs).to_pylist()]
+    for path in verifications:
+        measured = read_table(path, columns=["run", "scheme", "role", "kl"]).to_pylist()
+        damage = {entry["scheme"]: entry["kl"] for entry in measured if entry["role"] == "scheme"}
+        summary = read_summary(path)
+        for row in rows:
+            if row["run"] != measured[0]["run"] or row["imported"]:
+                continue
+            row["kl"] = damage.get(row["scheme"])
+            for finding in summary.findings_of(row["quant_formats"], row["scheme"]):
+                row[_COUNTS[finding.severity]] += 1
+    return rows
 
 
 def read_results(sensitivity: Path) -> Iterator[Result]:

@@ -185,9 +185,17 @@ class Summary(msgspec.Struct, kw_only=True):
     photographs: int | None = None
     """How many photographs the held-out samples are of; None where they are of none."""
 
-    def findings_of(self, formats: Collection[str]) -> list[Finding]:
-        """Return the findings, without those that concern other formats than ``formats``."""
-        return [
+    def verdict_of(self, scheme: str) -> Verdict:
+        """Return what was found for a scheme."""
+        return next(verdict for verdict in self.verdicts if verdict.scheme == scheme)
+
+    def findings_of(self, formats: Collection[str], scheme: str | None = None) -> list[Finding]:
+        """Return the findings, without those that concern other formats than ``formats``.
+
+        With a ``scheme``, what speaks against its own recipe comes first.
+        """
+        own = [] if scheme is None else self.verdict_of(scheme).findings
+        return own + [
             finding
             for finding in self.findings
             if not finding.formats or set(finding.formats) & set(formats)
