@@ -267,9 +267,10 @@ def verified(folder, name):
     data["schemes"]["scheme"]["quant_formats"] = FORMATS
     config = load_config(yaml.safe_load(yaml.safe_dump(data)), "test")
     out = checkpoint / "study/verification.json"
-    verify_run("run", settings.verify_settings(config, "run"), manifests, out=out, **files)
+    options = settings.verify_settings(config, "run")
+    verify_run("run", options, manifests, out=out, **files)
     table = out.with_suffix(".parquet")
-    write_verification_table(manifests, out, config.runs["run"].verify, table)
+    write_verification_table(manifests, out, options, table)
     return pq.read_table(table).to_pylist()
 
 

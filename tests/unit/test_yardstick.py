@@ -70,9 +70,10 @@ def verified(tmp_path_factory):
     manifest = build_manifest(scores, "run", "mix", config.schemes["mix"], {})
     (folder / "manifest.json").write_bytes(encode_manifest(manifest))
     manifests, out = [folder / "manifest.json"], folder / "verification.json"
-    verify_run("run", settings.verify_settings(config, "run"), manifests, out=out, **files)
+    options = settings.verify_settings(config, "run")
+    verify_run("run", options, manifests, out=out, **files)
     table = folder / "verification.parquet"
-    write_verification_table(manifests, out, config.runs["run"].verify, table)
+    write_verification_table(manifests, out, options, table)
     rows = [row for row in pq.read_table(table).to_pylist() if row["kind"] == "group"]
     return SimpleNamespace(summary=read_summary(table), groups=rows)
 
