@@ -48,6 +48,19 @@ def prepare(folder, scores=None, run="demo", scheme="mix", **keys):
     return path
 
 
+def summary(folder, templates, verifications=()):
+    """The page of all results whose tables lie in ``folder``."""
+    write_summary(
+        folder / "runs.parquet",
+        folder / "sensitivity.parquet",
+        config.Report(),
+        templates / "summary.md.j2",
+        folder / "summary.md",
+        verifications,
+    )
+    return (folder / "summary.md").read_text()
+
+
 def report(folder, templates, scores=None, options=None, **keys):
     manifest = prepare(folder, scores, **keys)
     out = manifest.with_name("report.md")
@@ -315,14 +328,7 @@ def test_summary_shows_models_and_schemes_side_by_side(tmp_path, templates, shar
     tables_ = [*(path.with_name("layers.parquet") for path in manifests)]
     write_sensitivity([*tables_, tmp_path / "foreign.parquet"], tmp_path / "sensitivity.parquet")
     write_runs([*manifests, foreign], tmp_path / "runs.parquet")
-    write_summary(
-        tmp_path / "runs.parquet",
-        tmp_path / "sensitivity.parquet",
-        config.Report(),
-        templates / "summary.md.j2",
-        tmp_path / "summary.md",
-    )
-    text = (tmp_path / "summary.md").read_text()
+    text = summary(tmp_path, templates)
     found = tables(text)
     figures, where, pairs = found["tiny-vlm"]
     assert [row[1] for row in figures[1:]] == [
@@ -373,14 +379,7 @@ def test_the_real_manifests_of_others_stand_beside_ours(tmp_path, templates, sha
         tmp_path / "sensitivity.parquet",
     )
     write_runs([ours, *paths], tmp_path / "runs.parquet")
-    write_summary(
-        tmp_path / "runs.parquet",
-        tmp_path / "sensitivity.parquet",
-        config.Report(),
-        templates / "summary.md.j2",
-        tmp_path / "summary.md",
-    )
-    text = (tmp_path / "summary.md").read_text()
+    text = summary(tmp_path, templates)
     assert "3 runs" in text
     found = tables(text)
     assert found["tiny-vlm"][0][1][1] == "[mix](demo/mix/layer-sensitivity-report.md)"
@@ -415,14 +414,7 @@ def test_many_results_of_a_model_are_left_to_the_page_that_compares(tmp_path, te
     count = MAX_COMPARED + 1
     places = [prepare(tmp_path, scheme=f"s{number:02d}").parent for number in range(count)]
     rf.write_tables(tmp_path, places)
-    write_summary(
-        tmp_path / "runs.parquet",
-        tmp_path / "sensitivity.parquet",
-        config.Report(),
-        templates / "summary.md.j2",
-        tmp_path / "summary.md",
-    )
-    text = (tmp_path / "summary.md").read_text()
+    text = summary(tmp_path, templates)
     assert len(tables(text)["tiny-vlm"]) == 2
     assert f"These make {count * (count - 1) // 2} pairs" in text
 
@@ -440,15 +432,7 @@ def test_what_was_measured_stands_beside_what_is_predicted(tmp_path, templates):
     rf.write_tables(tmp_path, places)
 
     def shown(*tables_of_runs):
-        write_summary(
-            tmp_path / "runs.parquet",
-            tmp_path / "sensitivity.parquet",
-            config.Report(),
-            templates / "summary.md.j2",
-            tmp_path / "summary.md",
-            tables_of_runs,
-        )
-        header, *rows = tables((tmp_path / "summary.md").read_text())["tiny-vlm"][0]
+        header, *rows = tables(summary(tmp_path, templates, tables_of_runs))["tiny-vlm"][0]
         return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
 
     before, after = shown(), shown(*verified)

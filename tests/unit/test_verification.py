@@ -707,22 +707,27 @@ def test_the_html_report_shows_measured_beside_predicted(tmp_path, repository):
     assert "more is better, but of word errors less" in text
 
 
-def test_the_markdown_report_shows_the_tasks_metrics_beside_each_recipe(tmp_path, repository):
+def markdown_report(folder, repository, **keys):
+    """The report of a scheme that is verified."""
     from result_files import write_result, write_verification
 
     from layersense.reports.markdown import write_report
 
-    place = write_result(tmp_path)
+    place = write_result(folder, **keys)
     write_report(
         place / "manifest.json",
         place / "layers.parquet",
         place / "frontier.parquet",
         config.Report(),
         repository / "workflow/templates/layer-sensitivity-report.md.j2",
-        tmp_path / "report.md",
+        folder / "report.md",
         write_verification(place),
     )
-    lines = (tmp_path / "report.md").read_text().splitlines()
+    return (folder / "report.md").read_text()
+
+
+def test_the_markdown_report_shows_the_tasks_metrics_beside_each_recipe(tmp_path, repository):
+    lines = markdown_report(tmp_path, repository).splitlines()
     (head,) = (n for n, line in enumerate(lines) if " Token accuracy |" in line)
     assert lines[head] == (
         "| Recipe | Bits | Token accuracy | Change, points | Word errors (words) | Change |"
@@ -779,21 +784,7 @@ def test_a_killed_measurement_goes_on_where_it_was(llama, tmp_path, monkeypatch)
 
 
 def test_the_report_says_what_a_quantized_cache_does(tmp_path, repository):
-    from result_files import write_result, write_verification
-
-    from layersense.reports.markdown import write_report
-
-    place = write_result(tmp_path, kv_cache="fp8")
-    write_report(
-        place / "manifest.json",
-        place / "layers.parquet",
-        place / "frontier.parquet",
-        config.Report(),
-        repository / "workflow/templates/layer-sensitivity-report.md.j2",
-        tmp_path / "report.md",
-        write_verification(place),
-    )
-    text = (tmp_path / "report.md").read_text()
+    text = markdown_report(tmp_path, repository, kv_cache="fp8")
     assert "which no score predicts: alone it has a KL of 0.50" in text
     # Measured damage gives the scheme's own recipe here, which no half of the rows chose.
     assert "| solved from measured damage |" in text
