@@ -43,13 +43,15 @@ def read_runs(runs: Path, verifications: Sequence[Path]) -> list[dict[str, Any]]
         LayersenseError: a table cannot be read.
     """
     rows: list[dict[str, Any]] = [{**row, "kl": None} for row in read_table(runs).to_pylist()]
+    own: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if not row["imported"]:
+            own.setdefault(row["run"], []).append(row)
     for path in verifications:
         measured = read_table(path, columns=["run", "scheme", "role", "kl"]).to_pylist()
         damage = {entry["scheme"]: entry["kl"] for entry in measured if entry["role"] == "scheme"}
         summary = read_summary(path)
-        for row in rows:
-            if row["run"] != measured[0]["run"] or row["imported"]:
-                continue
+        for row in own.get(measured[0]["run"], ()):
             row["kl"] = damage.get(row["scheme"])
             for finding in summary.findings_of(row["quant_formats"], row["scheme"]):
                 row[_COUNTS[finding.severity]] += 1

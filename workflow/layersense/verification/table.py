@@ -515,7 +515,7 @@ def _verdict(
     alone: Mapping[tuple[str, str], float],
 ) -> Verdict:
     scheme, budget = manifest.scheme.name, manifest.autoquant_state.budget
-    equal = _equal(budget)
+    equal, at_own, at_each = _within(budget)
     if (scheme, scheme) not in measured:
         return Verdict(
             scheme=scheme,
@@ -552,8 +552,8 @@ def _verdict(
     ):
         # What is compared at the recipe's own bits, and at those of the other ones.
         for mine, where, who in (
-            (True, _OWN.get(budget.kind, _WITHIN), "the recipe"),
-            (False, _EACH.get(budget.kind, _WITHIN), "the solver's choice"),
+            (True, at_own, "the recipe"),
+            (False, at_each, "the solver's choice"),
         ):
             names = [
                 duel.theirs
@@ -561,7 +561,7 @@ def _verdict(
                 if duel.outcome == outcome and (duel.ours == scheme) == mine
             ]
             if names:
-                parts.append(f"{where.format(unit=budget.unit)} {who} {words} {_and(names)}")
+                parts.append(f"{where} {who} {words} {_and(names)}")
     sentence = "; ".join(parts) or "there is no other recipe to compare it with"
     return Verdict(
         scheme=scheme,
@@ -572,17 +572,19 @@ def _verdict(
     )
 
 
-_OWN = {"bits": "at its own bits", "size": "at its own size"}
-_EACH = {"bits": "at the bits of each of these", "size": "at the size of each of these"}
-_WITHIN = "within the same {unit}"
-"""Within which budget two recipes are compared, by the kind of the scheme's budget."""
+def _within(budget: Budget) -> tuple[str, str, str]:
+    """Return within which budget recipes are compared.
 
-
-def _equal(budget: Budget) -> str:
-    """Return within which budget recipes are compared."""
-    if budget.kind == "bits":
-        return "at equal bits"
-    return "at equal size" if budget.kind == "size" else f"within the same {budget.unit}"
+    Returns:
+        In general, at the scheme's own recipe, and at each of several others.
+    """
+    if budget.kind not in ("bits", "size"):
+        return (f"within the same {budget.unit}",) * 3
+    return (
+        f"at equal {budget.kind}",
+        f"at its own {budget.kind}",
+        f"at the {budget.kind} of each of these",
+    )
 
 
 def _no_use(scheme: str) -> Finding:
