@@ -99,29 +99,45 @@ def test_recorded_graphs_change_no_score(tiny: Any, monkeypatch: pytest.MonkeyPa
     assert count > 0
     assert len(replays) == count
     for name in names:
-        assert difference(recorded[name], plain[name]) <= 1e-3, name
+        ours, theirs = recorded[name], plain[name]
+        largest = max(abs(ours[h] - theirs[h]) / abs(theirs[h]) for h in theirs)
+        print(f"{name}: largest relative difference {largest:.1e}")
+        assert largest <= 1e-4, name
 
 
 def test_a_real_lack_of_memory_changes_no_score(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from layersense.scoring import fused
+    from layersense.scoring.fused.engine import _Engine
     from layersense.scoring.fused.graphs import Graphs
 
     names = ["FP8_ALL_LAYERS_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_ALL_LAYERS_CFG"]
-    what = replace(tiny, score_batch_size=16)
-    _release()
-    torch.cuda.reset_peak_memory_stats()
+    what = replace(tiny, score_batch_size=len(tiny.score_rows))
+    total = torch.cuda.get_device_properties(0).total_memory
+    score, there = _Engine._score, []
+
+    def start(self: Any, share: float | None) -> Any:
+        """Score with all memory, or with a share of what scoring took beyond the model."""
+        _release()
+        torch.cuda.reset_peak_memory_stats()
+        there.append(torch.cuda.memory_reserved())
+        if share is not None:
+            limit = there[-1] + share * (needed - there[0])
+            torch.cuda.set_per_process_memory_fraction(limit / total)
+        return score(self)
+
+    monkeypatch.setattr(_Engine, "_score", lambda self: start(self, None))
     with monkeypatch.context() as patched:
         patched.setattr(Graphs, "suits", lambda *_: False)
         whole = totals(fused.measure, what, names)
     needed = torch.cuda.max_memory_reserved()
-    _release()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(0.7 * needed / total)
+    monkeypatch.setattr(_Engine, "_score", lambda self: start(self, 0.5))
     try:
         ((_, entries),) = fused.measure(what, [resolve_format(name, {}) for name in names])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    print(f"MiB before scoring and needed: {[n >> 20 for n in (*there, needed)]}")
     for name, entry in entries.items():
+        print(f"{name}: {entry.fit}, {entry.back_offs}")
         assert entry.back_offs or entry.fit.checkpointing
         found = {handle: sum(g.batch_scores) for handle, g in entry.groups.items()}
         assert difference(found, whole[name]) <= 1e-2  # bfloat16, other shapes of its kernels

@@ -488,19 +488,52 @@ def test_a_layer_is_launched_then_recorded_then_replayed(no_cuda: type[Recorded]
     x, g = batches[0]
     assert score(x, g, "another layer")[1:] == (1, 0)
     # Of many numbers of rows the first few are recorded.
-    for rows in range(1, 2 * graphs.SHAPES):
+    numbers = sorted({graphs.round_up_rows(rows) for rows in range(1, 100)})
+    for rows in numbers:
         for _ in range(2):
             score(x[:1].expand(rows, -1), g[:1].expand(rows, -1), "many")
-    assert score(x[:1].expand(15, -1), g[:1].expand(15, -1), "many")[1:] == (1, 0)
+    first, rest = numbers[: graphs.SHAPES], numbers[graphs.SHAPES :]
+    for rows in (first[-1], rest[0]):
+        recorded_too = score(x[:1].expand(rows, -1), g[:1].expand(rows, -1), "many")[2]
+        assert recorded_too == (rows in first)
     recorded.close()
     assert not recorded.held
     assert not recorded.on
 
 
+@pytest.mark.parametrize("shape", [(6, 8), (1, 6, 8), (3, 5, 8), (3, 1, 8), (2, 3, 5, 8), (1, 8)])
+def test_quantizers_see_the_dimensions_that_they_see_in_stock(
+    shape: tuple[int, ...], no_cuda: type[Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ModelOpt applies a range per token by one function or another, by those longer than 1."""
+    model = nn.Sequential(nn.Linear(8, 8)).requires_grad_(False)
+    name = "FP8_PER_CHANNEL_PER_TOKEN_ALL_LAYERS_CFG"
+    quantizers = Quantizers(model, [resolve_format(name, {})])
+    data = torch.randn(shape)
+    quantizers.calibrate(lambda _: model(data), 1)
+    found = taps.Taps(quantizers)
+    (site,) = found.sites
+    assert isinstance(site, taps._LinearSite)
+    seen = []
+
+    def quantize(input: Any) -> Any:
+        seen.append([input.dim(), sum(size > 1 for size in input.shape[:-1]) > 1])
+        return input
+
+    ((recipe, (_, weight)),) = site.quantizers.items()
+    site.quantizers = {recipe: (quantize, weight)}
+    for suits in (True, False):
+        monkeypatch.setattr(graphs.Graphs, "suits", lambda *_, suits=suits: suits)
+        site.score(torch.randn(shape), model(data), ((data,), {}))
+    replayed, launched = seen
+    assert replayed == launched
+
+
 @given(rows=st.integers(1, 10**6))
-def test_rows_are_rounded_up_by_an_eighth_at_most(rows: int) -> None:
+def test_rows_are_rounded_up_to_an_even_number_an_eighth_more_at_most(rows: int) -> None:
     more = graphs.round_up_rows(rows)
-    assert rows <= more <= rows * 9 / 8
+    assert rows <= more <= max(rows + 1, rows * 9 / 8)
+    assert more % 2 == 0
     assert graphs.round_up_rows(more) == more
     assert len({graphs.round_up_rows(n) for n in range(512, 1024)}) <= 9
 

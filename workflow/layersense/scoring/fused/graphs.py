@@ -164,9 +164,35 @@ class Graphs:
             return recordings[rows].scores(run)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What ModelOpt's quantizers see of the dimensions before the last.
+
+    They find a token's axis by how many there are. A range for each token they apply by one
+    function where a single dimension is longer than 1, and by another where several are; the two
+    differ in the last bit of a scale, and so in which way ties are rounded.
+    """
+
+    dimensions: int
+    several: bool
+    """Whether more than one of them is longer than 1."""
+
+    @classmethod
+    def of(cls, input: Tensor) -> "Rows":
+        """Return what they see of an input, shape (…, features)."""
+        sizes = input.shape[:-1]
+        return cls(len(sizes), sum(size > 1 for size in sizes) > 1)
+
+    def view(self, matrix: Tensor) -> Tensor:
+        """Return a matrix of an even number of rows as quantizers would see such an input."""
+        sizes = (2, len(matrix) // 2) if self.several else (len(matrix),)
+        ones = (1,) * (self.dimensions - len(sizes))
+        return matrix.view(*ones, *sizes, matrix.shape[1])
+
+
 def round_up_rows(rows: int) -> int:
-    """Return the number of rows to compute: at most an eighth more, few different ones."""
-    step = 1 << max(0, rows.bit_length() - 4)
+    """Return the number of rows to compute: even, about an eighth more, few different ones."""
+    step = 1 << max(1, rows.bit_length() - 4)
     return -(-rows // step) * step
 
 

@@ -316,12 +316,11 @@ class _LinearSite(_Site):
             or any(step.bound_to_shape for step in plan)
         ):
             return None
-        # Quantizers find a token's axis by the number of dimensions.
-        ones = (1,) * (input.dim() - 2)
+        kind = graphs.Rows.of(input)
         return taps.graphs.scores(
-            (self.module, taps.columns, ones),
+            (self.module, taps.columns, kind),
             self._aligned_output,
-            lambda x, y, g: self.scores(plan, x.view(*ones, *x.shape), y, g, {}),
+            lambda x, y, g: self.scores(plan, kind.view(x), y, g, {}),
             input.reshape(-1, input.shape[-1]),
             gradient,
         )
