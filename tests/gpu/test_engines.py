@@ -91,7 +91,9 @@ def test_recorded_graphs_change_no_score(tiny: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(1), replay(graph))
     )
-    names = [name for name in FORMATS if "AWQ" not in name]
+    # Two pairs whose activations ask the device, so that they are launched beside the graphs.
+    pairs = ["W8A8_INT8_INT8_ATOKEN", "W4A4_INT4_INT4"]
+    names = [name for name in FORMATS if "AWQ" not in name] + pairs
     recorded = totals(fused.measure, tiny, names)
     count = len(replays)
     monkeypatch.setattr(Graphs, "suits", lambda *_: False)

@@ -420,12 +420,13 @@ def test_added_rows_and_columns_change_no_score(features: tuple[int, int], rows:
     (site,) = found.sites
     assert isinstance(site, taps._LinearSite)
     gradient = torch.randn(rows, features[1])
-    plain = site.scores(site._plan(), data, model(data), gradient, {})
+    steps = site._plan(several=False)
+    plain = site.scores(steps, data, model(data), gradient, {})
     more, wide = graphs.round_up_rows(rows), graphs.aligned(features[1])
     x = torch.cat([data, data[:1].expand(more - rows, -1)])
     g = graphs.pad_to(gradient, more, wide)
     torch.testing.assert_close(
-        site.scores(site._plan(), x, site._aligned_output(x), g, {}), plain, rtol=1e-4, atol=0
+        site.scores(steps, x, site._aligned_output(x), g, {}), plain, rtol=1e-4, atol=0
     )
 
 
@@ -527,6 +528,59 @@ def test_quantizers_see_the_dimensions_that_they_see_in_stock(
         site.score(torch.randn(shape), model(data), ((data,), {}))
     replayed, launched = seen
     assert replayed == launched
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "asks"),
+    [
+        ("W8A8_INT8_INT8_ATOKEN", (3, 5, 8), True),
+        ("W8A8_INT8_INT8_ATOKEN", (1, 5, 8), False),
+        ("W8A8_INT8_INT8_ATOKEN", (6, 8), False),
+        ("FP8_PER_CHANNEL_PER_TOKEN_ALL_LAYERS_CFG", (3, 5, 8), False),
+        ("SQUARES", (6, 8), True),
+        (INT8, (3, 5, 8), False),
+        (INT4, (3, 5, 8), False),
+        ("MXINT8_ALL_LAYERS_CFG", (3, 5, 8), False),
+    ],
+)
+def test_no_graph_holds_what_asks_the_device(
+    name: str,
+    shape: tuple[int, ...],
+    asks: bool,
+    no_cuda: type[Recorded],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While a graph is recorded the device answers nothing: such formats are launched beside it."""
+    model = nn.Sequential(nn.Linear(8, 8)).requires_grad_(False)
+    squares = OwnFormat(base=INT4, weight={"block_sizes": {"-1": 4, "-2": 4}})
+    both = [resolve_format(each, {"SQUARES": squares}) for each in (FP8, name)]
+    found = taps.Taps(Quantizers(model, both))
+    (site,) = found.sites
+    monkeypatch.setattr(graphs.Graphs, "suits", lambda *_: True)
+    inside, outside = [], []
+
+    def scores(self: Any, steps: Any, input: Any, *_: Any) -> Any:
+        names = [found.quantizers.formats[step.recipe].name for step in steps]
+        (inside if recording else outside).extend(names)
+        return torch.ones(len(steps))
+
+    def record(self: Any, key: Any, forward: Any, body: Any, input: Any, gradient: Any) -> Any:
+        nonlocal recording
+        recording = True
+        result = body(input, forward(input), gradient)
+        recording = False
+        return result
+
+    recording = False
+    monkeypatch.setattr(taps._LinearSite, "scores", scores)
+    monkeypatch.setattr(graphs.Graphs, "scores", record)
+    data = torch.randn(shape)
+    if len(data.view(-1, 8)) % 2:
+        data = torch.cat([data, data], dim=-2)  # as rows are rounded up
+    site.score(torch.randn_like(data), model(data), ((data,), {}))
+    assert sorted(inside) == sorted([FP8] if asks else [FP8, name])
+    assert outside == ([name] if asks else [])
+    assert found.take().tolist() == [[1.0, 1.0]]
 
 
 @given(rows=st.integers(1, 10**6))

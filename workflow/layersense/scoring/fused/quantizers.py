@@ -1,8 +1,9 @@
 """ModelOpt's quantizers of every format on one model, calibrated with statistics taken once."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from modelopt.torch.opt import apply_mode
@@ -178,6 +179,32 @@ def has_static_blocks(format: Format) -> bool:
         and (stage.get("block_sizes") or {}).get("type") != "dynamic"
         for axis, length in (stage.get("block_sizes") or {}).items()
     )
+
+
+def asks_device(format: Format, several: bool) -> bool:
+    """Return whether ModelOpt asks the device for the smallest range when it quantizes.
+
+    Its function for integers with ranges along several axes does (``_tensor_quant``): weights in
+    blocks of two axes, inputs with a range for each token where there are several sequences.
+
+    Args:
+        format: the format.
+        several: whether an input has more than one dimension longer than 1 before its last.
+    """
+
+    def is_integer(stage: Mapping[str, Any]) -> bool:
+        return isinstance(stage.get("num_bits", 8), int)
+
+    def lengths(stage: Mapping[str, Any]) -> list[int | None]:
+        sizes = stage.get("block_sizes") or {}
+        return [length for axis, length in sizes.items() if axis.lstrip("-").isdigit()]
+
+    def by_token(stage: Mapping[str, Any]) -> bool:
+        return None in lengths(stage) or isinstance(stage.get("axis"), list | tuple)
+
+    weights = any(is_integer(stage) and len(lengths(stage)) > 1 for stage in format.weight)
+    inputs = any(is_integer(stage) and by_token(stage) for stage in format.input)
+    return weights or (several and inputs)
 
 
 class _ChannelMaximum(MaxCalibrator):  # type: ignore[misc]

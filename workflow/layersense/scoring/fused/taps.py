@@ -26,7 +26,12 @@ from torch.utils import _pytree as pytree
 from layersense.files import canonical_json
 from layersense.quantization.formats import Format
 from layersense.scoring.fused import graphs, kernels
-from layersense.scoring.fused.quantizers import UNQUANTIZED, Quantizers, has_static_blocks
+from layersense.scoring.fused.quantizers import (
+    UNQUANTIZED,
+    Quantizers,
+    asks_device,
+    has_static_blocks,
+)
 from layersense.scoring.scores import Reached
 
 STACK_ELEMENTS = 2**27
@@ -260,8 +265,8 @@ class _Step:
     weight_key: str
     input_key: str | None
     """None if the input stays as it is; shared by formats where it begins with ``=``."""
-    bound_to_shape: bool
-    """Whether the input's ranges belong to the calibrated shape of the batch."""
+    replayable: bool
+    """Whether a CUDA graph may hold it: it fits other shapes than the batch's, and asks nothing."""
 
 
 class _LinearSite(_Site):
@@ -283,7 +288,7 @@ class _LinearSite(_Site):
         weight = module._parameters["weight"]
         assert weight is not None
         self.weight, self.bias = weight, module._parameters.get("bias")
-        self._plans: dict[tuple[int, ...], list[_Step]] = {}
+        self._plans: dict[tuple[tuple[int, ...], bool], list[_Step]] = {}
 
     def run(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.weight, self.bias)
@@ -296,47 +301,42 @@ class _LinearSite(_Site):
         taps, group = self.taps, self.groups[0]
         taps.see(group, gradient)
         (input,), _ = inputs
-        plan = self._plan()
-        if plan:
-            g = gradient.reshape(-1, gradient.shape[-1])
-            found = self._replayed(plan, input, g)
-            if found is None:
-                taps.shared_inputs.enter(group, input)
-                y = output.reshape(g.shape)
-                found = self.scores(plan, input, y, g, taps.shared_inputs.tensors)
-            taps.add(group, [step.column for step in plan], found)
-        self.check(group, gradient, (input,), {})
-
-    def _replayed(self, plan: Sequence[_Step], input: Tensor, gradient: Tensor) -> Tensor | None:
-        """Return the scores by a CUDA graph; None where that is not possible."""
-        taps = self.taps
-        if (
-            taps.stopwatch is not None  # which asks for the time between formats
-            or not taps.graphs.suits(input, gradient)
-            or any(step.bound_to_shape for step in plan)
-        ):
-            return None
+        g = gradient.reshape(-1, gradient.shape[-1])
         kind = graphs.Rows.of(input)
-        return taps.graphs.scores(
-            (self.module, taps.columns, kind),
-            self._aligned_output,
-            lambda x, y, g: self.scores(plan, kind.view(x), y, g, {}),
-            input.reshape(-1, input.shape[-1]),
-            gradient,
-        )
+        # The stopwatch asks for the time between formats.
+        replays = taps.stopwatch is None and taps.graphs.suits(input, g)
+        replayed: list[_Step] = []
+        launched: list[_Step] = []
+        for step in self._plan(kind.several):
+            (replayed if replays and step.replayable else launched).append(step)
+        if replayed:
+            found = taps.graphs.scores(
+                (self.module, taps.columns, kind),
+                self._aligned_output,
+                lambda x, y, g: self.scores(replayed, kind.view(x), y, g, {}),
+                input.reshape(-1, input.shape[-1]),
+                g,
+            )
+            taps.add(group, [step.column for step in replayed], found)
+        if launched:
+            taps.shared_inputs.enter(group, input)
+            y = output.reshape(g.shape)
+            found = self.scores(launched, input, y, g, taps.shared_inputs.tensors)
+            taps.add(group, [step.column for step in launched], found)
+        self.check(group, gradient, (input,), {})
 
     def scores(
         self,
-        plan: Sequence[_Step],
+        steps: Sequence[_Step],
         input: Tensor,
         output: Tensor,
         gradient: Tensor,
         shared: dict[str, Tensor],
     ) -> Tensor:
-        """Return the scores of a plan's formats, float32, shape (formats,).
+        """Return the scores of some formats, float32, shape (formats,).
 
         Args:
-            plan: what to score.
+            steps: the formats.
             input: X, shape (…, input features).
             output: Y, shape (rows, output features), or wider with zeros.
             gradient: ∂L/∂Y, shape of the output.
@@ -348,10 +348,10 @@ class _LinearSite(_Site):
         weight: Tensor = self.weight
         weight_key = ""
         found = []
-        for start in range(0, len(plan), at_once):
-            steps = plan[start : start + at_once]
-            stack = output.new_empty(len(steps), *output.shape)
-            for place, step in zip(stack, steps, strict=True):
+        for start in range(0, len(steps), at_once):
+            some = steps[start : start + at_once]
+            stack = output.new_empty(len(some), *output.shape)
+            for place, step in zip(stack, some, strict=True):
                 started = taps.tick()
                 if step.weight_key != weight_key:
                     del weight  # one at a time
@@ -390,9 +390,10 @@ class _LinearSite(_Site):
         self._multiply(input, self.weight, output)
         return output
 
-    def _plan(self) -> list[_Step]:
-        columns = self.taps.columns
-        if columns not in self._plans:
+    def _plan(self, several: bool) -> list[_Step]:
+        key = self.taps.columns, several
+        if key not in self._plans:
+            formats = self.taps.quantizers.formats
             steps = [
                 _Step(
                     recipe,
@@ -400,12 +401,13 @@ class _LinearSite(_Site):
                     *self.quantizers[recipe],
                     _key(self.taps, recipe, "weight"),
                     _input_key(self.taps, recipe),
-                    has_static_blocks(self.taps.quantizers.formats[recipe]),
+                    not has_static_blocks(formats[recipe])
+                    and not asks_device(formats[recipe], several),
                 )
-                for recipe, column in zip(self.taps.active, columns, strict=True)
+                for recipe, column in zip(self.taps.active, self.taps.columns, strict=True)
             ]
-            self._plans[columns] = sorted(steps, key=lambda step: step.weight_key)
-        return self._plans[columns]
+            self._plans[key] = sorted(steps, key=lambda step: step.weight_key)
+        return self._plans[key]
 
 
 class _SharedInputs:
