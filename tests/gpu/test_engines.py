@@ -59,9 +59,14 @@ def totals(measure: Any, what: Any, names: list[str]) -> dict[str, dict[str, flo
     return found
 
 
+def differences(ours: dict[str, float], theirs: dict[str, float]) -> list[float]:
+    """Return the relative difference of each group."""
+    return [abs(ours[h] - theirs[h]) / abs(theirs[h]) for h in theirs]
+
+
 def difference(ours: dict[str, float], theirs: dict[str, float]) -> float:
     """Return the median relative difference."""
-    return statistics.median(abs(ours[h] - theirs[h]) / abs(theirs[h]) for h in theirs)
+    return statistics.median(differences(ours, theirs))
 
 
 def test_every_format_scores_as_stock_does(tiny: Any) -> None:
@@ -101,8 +106,7 @@ def test_recorded_graphs_change_no_score(tiny: Any, monkeypatch: pytest.MonkeyPa
     assert count > 0
     assert len(replays) == count
     for name in names:
-        ours, theirs = recorded[name], plain[name]
-        largest = max(abs(ours[h] - theirs[h]) / abs(theirs[h]) for h in theirs)
+        largest = max(differences(recorded[name], plain[name]))
         print(f"{name}: largest relative difference {largest:.1e}")
         assert largest <= 1e-4, name
 

@@ -225,6 +225,12 @@ def activation_bits(format: Format) -> int:
     return min(map(_element_bits, format.input), default=16)
 
 
+def block_lengths(stage: Mapping[str, Any]) -> dict[int, int | None]:
+    """Return axis → length of the blocks that share a scale; None is as long as the tensor."""
+    blocks = stage.get("block_sizes") or {}
+    return {int(key): length for key, length in blocks.items() if _is_axis(key)}
+
+
 def _element_bits(stage: Mapping[str, Any]) -> int:
     bits: int | list[int] = stage["num_bits"]
     return bits if isinstance(bits, int) else 1 + sum(bits)
@@ -232,11 +238,10 @@ def _element_bits(stage: Mapping[str, Any]) -> int:
 
 def _scale_bits(stage: Mapping[str, Any], shape: Sequence[int] = ()) -> float:
     """Return the bits of a weight's share of its scale; of whole blocks without ``shape``."""
-    blocks = stage.get("block_sizes") or {}
-    lengths: dict[int, int | None] = {int(key): n for key, n in blocks.items() if _is_axis(key)}
+    lengths = block_lengths(stage)
     if not lengths or None in lengths.values():  # None: the block is as long as the tensor
         return 0.0
-    scale = _BITS_OF_SCALE[tuple(blocks.get("scale_bits", ()))]
+    scale = _BITS_OF_SCALE[tuple(_block(stage, "scale_bits") or ())]
     share = 1.0
     for axis, length in lengths.items():
         if length:

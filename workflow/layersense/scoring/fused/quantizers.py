@@ -26,7 +26,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
 from layersense.errors import LayersenseError
-from layersense.quantization.formats import Format
+from layersense.quantization.formats import Format, block_lengths
 from layersense.quantization.modelopt_formats import modelopt_config
 from layersense.scoring.measurement import layer_groups, timed
 
@@ -173,11 +173,11 @@ class Quantizers:
 def has_static_blocks(format: Format) -> bool:
     """Return whether activations have a calibrated range for each block of the batch's shape."""
     return any(
-        isinstance(length, int) and axis.lstrip("-").isdigit()
+        isinstance(length, int)
         for stage in format.input
         if stage.get("type") != "dynamic"
         and (stage.get("block_sizes") or {}).get("type") != "dynamic"
-        for axis, length in (stage.get("block_sizes") or {}).items()
+        for length in block_lengths(stage).values()
     )
 
 
@@ -192,19 +192,14 @@ def asks_device(format: Format, several: bool) -> bool:
         several: whether an input has more than one dimension longer than 1 before its last.
     """
 
-    def is_integer(stage: Mapping[str, Any]) -> bool:
-        return isinstance(stage.get("num_bits", 8), int)
-
-    def lengths(stage: Mapping[str, Any]) -> list[int | None]:
-        sizes = stage.get("block_sizes") or {}
-        return [length for axis, length in sizes.items() if axis.lstrip("-").isdigit()]
-
     def by_token(stage: Mapping[str, Any]) -> bool:
-        return None in lengths(stage) or isinstance(stage.get("axis"), list | tuple)
+        return None in block_lengths(stage).values() or isinstance(stage.get("axis"), list)
 
-    weights = any(is_integer(stage) and len(lengths(stage)) > 1 for stage in format.weight)
-    inputs = any(is_integer(stage) and by_token(stage) for stage in format.input)
-    return weights or (several and inputs)
+    weights = [stage for stage in format.weight if isinstance(stage["num_bits"], int)]
+    inputs = [stage for stage in format.input if isinstance(stage["num_bits"], int)]
+    return any(len(block_lengths(stage)) > 1 for stage in weights) or (
+        several and any(by_token(stage) for stage in inputs)
+    )
 
 
 class _ChannelMaximum(MaxCalibrator):  # type: ignore[misc]
